@@ -1,0 +1,260 @@
+"""One pure update, and its two placements: `jax.jit` over a mesh, and `jax.pmap`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from repkit.checks import InputError
+from repkit.objective import Objective, Report
+from repkit.train.mesh import Rules, batch_devices, batch_sharding, put_batch, state_shardings
+from repkit.train.state import TrainState
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Array]
+Forward = Callable[[Any, Batch, Array | None], dict[str, Any]]
+"""`forward(params, batch, key) -> named outputs`; a key of None asks for the deterministic evaluation."""
+Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_update(
+    forward: Forward,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    axis_name: str | None = None,
+) -> Update:
+    """Makes the pure function `(state, batch) -> (new state, metrics)` of one training step.
+
+    Args:
+        forward: the model.
+        objective: the loss terms.
+        optimizer: the optax optimizer, gradient clipping included.
+        accumulate: number of parts in which the batch is walked, one after the other, so that the model holds the
+            activations of one part at a time. Losses between examples see the candidates of their part only.
+        ema_decay: d of the moving average  ema <- d ema + (1 - d) params;  None for a state without one.
+        axis_name: the mapped axis when the update runs inside `jax.pmap`; None for `jax.jit`, where arrays are global.
+
+    Returns:
+        The update. Its metrics are scalars: `loss` (the weighted total), every term by its name, `gradient_norm`
+        before any clipping, and the diagnostics of the losses with a memory.
+    """
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        normalizers = objective.normalizers(batch, axis_name)
+
+        def gradients(rows: Batch, memories: dict[str, Any], key: Array) -> tuple[Any, Report]:
+            def scalar(params: Any) -> tuple[Float[Array, ""], Report]:
+                outputs = forward(params, rows, _device_key(key, axis_name))
+                return objective(
+                    rows,
+                    outputs,
+                    memories,
+                    step=state.step,
+                    key=key,
+                    normalizers=normalizers,
+                    axis_name=axis_name,
+                )
+
+            return jax.grad(scalar, has_aux=True)(state.params)
+
+        if accumulate == 1:
+            grads, report = gradients(batch, state.memories, key)
+        else:
+            grads, report = _accumulated(gradients, _parts(batch, accumulate), state, key)
+        if axis_name is not None:
+            # Each device differentiated its share of the total, so the shares add up.
+            grads = jax.lax.psum(grads, axis_name)
+            totals = jax.lax.psum({name: mean.total for name, mean in report.means.items()}, axis_name)
+            report = report._replace(
+                means={name: mean._replace(total=totals[name]) for name, mean in report.means.items()}
+            )
+
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
+        new_state = TrainState(state.step + 1, params, optimizer_state, report.memories, ema, state.key)
+        return new_state, _metrics(report, objective, state.step, optax.global_norm(grads))
+
+    return update
+
+
+def make_term_gradient_norms(forward: Forward, objective: Objective) -> Callable[[TrainState, Batch], Metrics]:
+    """Makes the function `(state, batch) -> {term: |∂ weighted term / ∂ params|}`, for looking at how terms compete.
+
+    It costs one forward pass and one backward pass per term, so it is run on demand and not in every step.
+    """
+
+    def norms(state: TrainState, batch: Batch) -> Metrics:
+        key = jax.random.fold_in(state.key, state.step)
+        outputs, pull_back = jax.vjp(lambda params: forward(params, batch, key), state.params)
+
+        def norm(name: str) -> Array:
+            def scalar(outputs: dict[str, Any]) -> Array:
+                return objective.only(name)(batch, outputs, state.memories, step=state.step, key=key)[0]
+
+            return optax.global_norm(pull_back(jax.grad(scalar)(outputs)))
+
+        return {f"{name}/gradient_norm": norm(name) for name in objective.terms}
+
+    return norms
+
+
+def _device_key(key: Array, axis_name: str | None) -> Array:
+    """Dropout differs from device to device; the losses' draws, made for the global batch, must not."""
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def _parts(batch: Batch, count: int) -> dict[str, Array]:
+    """[b ...] -> [count, b/count ...], taking every count-th row, so that each device's rows are spread over all parts."""
+    rows = len(batch["where"])
+    if rows % count:
+        raise InputError(f"a batch of {rows} rows a device cannot be accumulated in {count} equal parts")
+    return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+
+
+def _accumulated(gradients: Callable[..., Any], parts: Batch, state: TrainState, key: Array) -> tuple[Any, Report]:
+    """Walks the parts of a batch; gradients and sums add up, memories pass from part to part."""
+    count = len(parts["where"])
+
+    def one(carry: tuple[Any, dict[str, Any]], part: tuple[Array, Batch]) -> tuple[tuple[Any, dict[str, Any]], Report]:
+        grads, memories = carry
+        index, rows = part
+        new_grads, report = gradients(rows, memories, jax.random.fold_in(key, index))
+        return (jax.tree.map(jnp.add, grads, new_grads), report.memories), report
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (grads, memories), reports = jax.lax.scan(one, (zeros, state.memories), (jnp.arange(count), parts))
+    means = {name: mean._replace(total=mean.total.sum(), weight=mean.weight[0]) for name, mean in reports.means.items()}
+    return grads, Report(memories, means, jax.tree.map(lambda x: x.mean(0), reports.diagnostics))
+
+
+def _metrics(report: Report, objective: Objective, step: Array, gradient_norm: Array) -> Metrics:
+    terms = {name: mean.value() for name, mean in report.means.items()}
+    weights = objective.weights_at(step)
+    total = jnp.stack([weights[name] * value for name, value in terms.items()]).sum()
+    return {"loss": total, **terms, "gradient_norm": gradient_norm, **report.diagnostics}
+
+
+class Placement(NamedTuple):
+    """One way of placing a training step on devices; all that a loop and a checkpoint need to know of it.
+
+    Attributes:
+        abstract: shapes, dtypes and shardings of the state as a checkpoint keeps it.
+        init: from the run's key to the placed first state.
+        put_state: from a state with the shardings of `abstract` to the placed state.
+        get_state: the way back.
+        put_batch: moves the rows that this process feeds to the devices.
+        update: one step; the buffers of the old state are given up to the new one.
+    """
+
+    abstract: TrainState
+    init: Callable[[Array], TrainState]
+    put_state: Callable[[TrainState], TrainState]
+    get_state: Callable[[TrainState], TrainState]
+    put_batch: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
+    update: Update
+
+
+def jit_placement(
+    update: Update, make_state: Callable[[Array], TrainState], mesh: Mesh, *, rules: Rules = ()
+) -> Placement:
+    """Places an update with `jax.jit` over a mesh: arrays are global, the compiler chooses the collectives.
+
+    Args:
+        update: from `make_update` without an axis name.
+        make_state: from a key to the first state; run under `jax.jit`, so no device ever holds more than its part.
+        mesh: the device mesh; rows are split over its `data` and `fsdp` axes.
+        rules: how leaves of the state are sharded, see `repkit.train.mesh.state_shardings`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, optax
+        >>> from repkit.objective import Objective, Term
+        >>> from repkit.train.mesh import make_mesh
+        >>> from repkit.train.state import init_state
+        >>> def squared_error(prediction, target, *, where=None, reduction="mean"):
+        ...     return (prediction - target) ** 2
+        >>> objective = Objective({"error": Term(squared_error, ("outputs.prediction", "batch.target"))})
+        >>> forward = lambda params, batch, key: {"prediction": params["w"] * batch["x"]}
+        >>> optimizer = optax.sgd(0.1)
+        >>> make_state = lambda key: init_state(lambda key: {"w": jnp.zeros(())}, optimizer, objective, key=key)
+        >>> update = make_update(forward, objective, optimizer)
+        >>> placement = jit_placement(update, make_state, make_mesh(devices=jax.devices()[:1]))
+        >>> state = placement.init(jax.random.key(0))
+        >>> batch = {"x": np.ones(4, "f4"), "target": np.full(4, 3.0, "f4"), "where": np.ones(4, bool)}
+        >>> for _ in range(20):
+        ...     state, metrics = placement.update(state, placement.put_batch(batch))
+        >>> print(f"{state.params['w']:.2f}")
+        2.97
+    """
+    abstract = jax.eval_shape(make_state, jax.random.key(0))
+    shardings = state_shardings(abstract, mesh, rules)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Placement(
+        abstract=abstract,
+        init=jax.jit(make_state, out_shardings=shardings),
+        put_state=lambda state: state,
+        get_state=lambda state: state,
+        put_batch=lambda batch: put_batch(_divisible(batch, batch_devices(mesh)), mesh),
+        update=jax.jit(
+            update,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+    )
+
+
+PMAP_AXIS = "data"
+
+
+def pmap_placement(
+    update: Update, make_state: Callable[[Array], TrainState], devices: Sequence[jax.Device] | None = None
+) -> Placement:
+    """Places an update with `jax.pmap`, for code that still uses it: every device holds the whole state.
+
+    Args:
+        update: from `make_update` with `axis_name=PMAP_AXIS`.
+        make_state: from a key to the first state.
+        devices: this process's devices; None takes all of them.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    mapped = jax.pmap(update, PMAP_AXIS, out_axes=(0, None), devices=devices, donate_argnums=0)
+
+    def split(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(devices), -1, *x.shape[1:])
+
+    def put_state(state: TrainState) -> TrainState:
+        copies = NamedSharding(Mesh(np.array(devices), PMAP_AXIS), PartitionSpec(PMAP_AXIS))
+        repeat = jax.jit(
+            lambda leaves: jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *x.shape)), leaves),
+            out_shardings=copies,
+        )
+        return repeat(state)
+
+    return Placement(
+        abstract=jax.eval_shape(make_state, jax.random.key(0)),
+        init=lambda key: put_state(jax.jit(make_state)(key)),
+        put_state=put_state,
+        get_state=lambda state: jax.tree.map(lambda x: x[0], state),
+        put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, len(devices)))),
+        update=mapped,
+    )
+
+
+def _divisible(batch: Mapping[str, np.ndarray], parts: int) -> Mapping[str, np.ndarray]:
+    rows = len(batch["where"])
+    if rows % parts:
+        raise InputError(f"a batch of {rows} rows cannot be split over {parts} devices; choose a multiple of {parts}")
+    return batch
