@@ -133,8 +133,8 @@ class Objective:
         for name, term in self.terms.items():
             where = _lookup(sources, term.where, name)
             row_weights = None if term.weights is None else _lookup(sources, term.weights, name)
-            weight = WeightedMean.of(jnp.zeros(where.shape), where=where, weights=row_weights).weight
-            weights[name] = weight if axis_name is None else jax.lax.psum(weight, axis_name)
+            mean = WeightedMean.of(jnp.zeros(where.shape), where=where, weights=row_weights)
+            weights[name] = mean.sum_over(axis_name).weight
         return weights
 
     def __call__(

@@ -34,8 +34,8 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
 
     Example:
         >>> import jax
-        >>> make_mesh({"data": -1, "tensor": 1}, jax.devices()[:1]).shape
-        OrderedDict({'data': 1, 'tensor': 1})
+        >>> dict(make_mesh({"data": -1, "tensor": 1}, jax.devices()[:1]).shape)
+        {'data': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(axes or {"data": -1})

@@ -74,15 +74,14 @@ def make_update(
             # Each device differentiated its share of the total, so the shares add up.
             grads = jax.lax.psum(grads, axis_name)
             totals = jax.lax.psum({name: mean.total for name, mean in report.means.items()}, axis_name)
-            report = report._replace(
-                means={name: mean._replace(total=totals[name]) for name, mean in report.means.items()}
-            )
+            means = {name: mean._replace(total=totals[name]) for name, mean in report.means.items()}
+            report = report._replace(means=means)
 
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
         new_state = TrainState(state.step + 1, params, optimizer_state, report.memories, ema, state.key)
-        return new_state, _metrics(report, objective, state.step, optax.global_norm(grads))
+        return new_state, _metrics(report, objective, state.step, optax.tree.norm(grads))
 
     return update
 
@@ -101,7 +100,7 @@ def make_term_gradient_norms(forward: Forward, objective: Objective) -> Callable
             def scalar(outputs: dict[str, Any]) -> Array:
                 return objective.only(name)(batch, outputs, state.memories, step=state.step, key=key)[0]
 
-            return optax.global_norm(pull_back(jax.grad(scalar)(outputs)))
+            return optax.tree.norm(pull_back(jax.grad(scalar)(outputs)))
 
         return {f"{name}/gradient_norm": norm(name) for name in objective.terms}
 
@@ -254,7 +253,7 @@ def pmap_placement(
 
 
 def _divisible(batch: Mapping[str, np.ndarray], parts: int) -> Mapping[str, np.ndarray]:
-    rows = len(batch["where"])
+    rows = len(batch["where"]) * jax.process_count()
     if rows % parts:
         raise InputError(f"a batch of {rows} rows cannot be split over {parts} devices; choose a multiple of {parts}")
     return batch

@@ -1,0 +1,212 @@
+"""The console command: `repkit train | evaluate | plot | doctor`.
+
+Exit codes: 0 done; 2 the input cannot be used (one line says why); 75 interrupted by a signal, saved, `--resume` continues;
+1 anything else.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from repkit.checks import InputError
+
+EXIT_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and name the nearest valid option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown.split()[0].split("=")[0], options, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "a setting of the recipe is given as --set name=value"
+            message = f"unknown option {unknown.split()[0]}; {hint}"
+        raise InputError(message)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # noqa: ANN001, ANN201
+        # Sub-parsers hand unknown options up to the main parser, which does not know the sub-command's options.
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="repkit", description="Train and evaluate representation models in JAX.", epilog=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="train the model that a recipe describes")
+    train.add_argument("recipe", type=Path, help="a recipe file, such as experiments/two_tower.py")
+    train.add_argument("--run", type=Path, help="the run directory (default: runs/<name of the recipe>)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="override a setting"
+    )
+    train.add_argument(
+        "--smoke", action="store_true", help="the recipe's smallest setting, for a check that takes seconds"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    train.add_argument("--show", action="store_true", help="print the settings and stop")
+    train.set_defaults(run_command=_train)
+
+    for name, command, text in (
+        ("evaluate", _evaluate, "evaluate a run on the test data"),
+        ("plot", _plot, "draw the figures of a run"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("run", type=Path, help="the run directory")
+        sub.add_argument(
+            "--recipe", type=Path, help="the recipe file, if it is no longer where the run was started from"
+        )
+        sub.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+        sub.set_defaults(run_command=command)
+
+    doctor = commands.add_parser("doctor", help="show versions and devices, and run a tiny step on each device")
+    doctor.set_defaults(run_command=_doctor)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        return options.run_command(options)
+    except InputError as error:
+        print(f"repkit: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("repkit: aborted", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
+    from repkit.config import flatten, override
+    from repkit.recipe import RunDirectory, load_recipe
+
+    recipe = load_recipe(options.recipe)
+    config = recipe.smoke(recipe.Config()) if options.smoke else recipe.Config()
+    config = override(config, options.settings)
+    if options.show:
+        for name, value in flatten(config).items():
+            print(f"{name} = {value}")
+        return 0
+    run = RunDirectory(options.run or Path("runs") / options.recipe.stem)
+    run.check_usable(config, resume=options.resume)
+
+    import jax
+
+    from repkit.train.checkpoint import Checkpointer
+    from repkit.train.config import check_devices, make_placement, make_schedule
+    from repkit.train.interrupt import EXIT_INTERRUPTED, Interrupts
+    from repkit.train.logging import MetricLogger
+    from repkit.train.loop import NonFiniteLoss, fit
+    from repkit.train.step import make_term_gradient_norms
+
+    check_devices(config.train)
+    experiment = recipe.build(config, run.path)
+    batches = experiment.batches()
+    run.create(config, options.recipe)
+    experiment.save(run.path)
+
+    placement = make_placement(
+        config.train, experiment.init, experiment.forward, experiment.objective, rules=experiment.sharding_rules
+    )
+    term_gradient_norms = None
+    if config.train.log_term_gradients:
+        term_gradient_norms = jax.jit(make_term_gradient_norms(experiment.forward, experiment.objective))
+    is_first = jax.process_index() == 0
+    with (
+        Interrupts() as interrupts,
+        Checkpointer(
+            run.checkpoints,
+            keep_last=config.train.keep_last,
+            keep_best=config.train.keep_best,
+            best_metric=experiment.best_metric,
+        ) as checkpointer,
+        MetricLogger(run.path, total_steps=config.train.steps, enabled=is_first) as logger,
+    ):
+        try:
+            outcome = fit(
+                placement,
+                batches,
+                steps=config.train.steps,
+                key=jax.random.key(config.train.seed),
+                checkpointer=checkpointer,
+                logger=logger,
+                interrupts=interrupts,
+                log_every=config.train.log_every,
+                checkpoint_every=config.train.checkpoint_every,
+                schedule=make_schedule(config.train),
+                validate=experiment.validate,
+                term_gradient_norms=term_gradient_norms,
+            )
+        except NonFiniteLoss as error:
+            print(f"repkit: {error}", file=sys.stderr)
+            return 1
+        finally:
+            batches.close()
+    if outcome.interrupted:
+        print(f"repkit: {outcome.interrupted} at step {outcome.step}; saved, --resume continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"trained to step {outcome.step}: {run.path}")
+    return 0
+
+
+def _restored(options: argparse.Namespace):  # noqa: ANN202
+    """The run, its experiment, and the parameters of its newest or best checkpoint."""
+    from repkit.recipe import RunDirectory
+    from repkit.train.checkpoint import Checkpointer
+    from repkit.train.config import make_placement
+
+    run = RunDirectory(options.run)
+    recipe, config = run.load(options.recipe)
+    experiment = recipe.build(config, run.path)
+    placement = make_placement(
+        config.train, experiment.init, experiment.forward, experiment.objective, rules=experiment.sharding_rules
+    )
+    with Checkpointer(run.checkpoints, best_metric=experiment.best_metric) as checkpointer:
+        step = checkpointer.best_step() if options.best else None
+        restored = checkpointer.restore(placement.abstract, step)
+    return run, experiment, restored.state.evaluation_params, restored.step
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from repkit.evaluate.results import append_results, format_table
+
+    run, experiment, params, step = _restored(options)
+    results = experiment.evaluate(params)
+    append_results(run.path / "results.jsonl", results)
+    print(f"{run.path} at step {step}")
+    print(format_table(results))
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from repkit.plots import loss_curves
+    from repkit.train.logging import read_metrics
+
+    run, experiment, params, _ = _restored(options)
+    run.figures.mkdir(exist_ok=True)
+    curves = run.figures / "loss_curves.png"
+    loss_curves(read_metrics(run.path / "metrics.jsonl"), curves)
+    for path in [curves, *experiment.figures(params, run.figures)]:
+        print(path)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from repkit.doctor import report
+
+    healthy = True
+    for line, is_good in report():
+        healthy = healthy and is_good
+        print(line)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""A check of the installation: versions, devices, the mesh, and a tiny training step on each device."""
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import repkit
+from repkit.losses import info_nce
+from repkit.numerics import normalize
+from repkit.objective import Objective, Term
+from repkit.train.mesh import make_mesh
+from repkit.train.state import init_state
+from repkit.train.step import jit_placement, make_update
+
+NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+EXTRAS = {
+    "data": ("grain", "tensorflow-datasets", "array_record", "tokenizers", "pillow", "scikit-learn"),
+    "plot": ("matplotlib",),
+}
+
+
+def report() -> Iterator[tuple[str, bool]]:
+    """Yields lines to print, each with whether what it says is good."""
+    yield f"repkit {repkit.__version__}, Python {platform.python_version()} on {platform.machine()} ({sys.platform})", True
+    for package in NEEDED:
+        version = _version(package)
+        yield f"  {package:<20} {version or 'MISSING'}", version is not None
+    for extra, packages in EXTRAS.items():
+        for package in packages:
+            version = _version(package)
+            yield f'  {package:<20} {version or f"not installed (pip install "repkit[{extra}]")"}', True
+    devices = jax.devices()
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    yield f"{len(devices)} device(s): {kinds}; {jax.process_count()} process(es)", True
+    for device in jax.local_devices():
+        yield _step_on([device], f"step on {device}")
+    if len(devices) > 1:
+        yield _step_on(devices, f"step on the mesh {dict(make_mesh().shape)}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _step_on(devices: list[jax.Device], label: str) -> tuple[str, bool]:
+    """Trains a linear two-tower for a few steps; the loss must fall and stay finite."""
+    rows, width = 4 * len(devices), 8
+    term = Term(info_nce, ("outputs.image", "outputs.text"), options={"logit_scale": 10.0})
+    objective, optimizer = Objective({"contrastive": term}), optax.sgd(0.5)
+
+    def forward(params: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array | None) -> dict[str, jax.Array]:
+        return {"image": normalize(batch["image"] @ params["image"]), "text": normalize(batch["text"] @ params["text"])}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        keys = jax.random.split(key)
+        return {name: jax.random.normal(key, (width, width), jnp.float32) for name, key in zip(("image", "text"), keys, strict=True)}
+
+    placement = jit_placement(
+        make_update(forward, objective, optimizer),
+        lambda key: init_state(init, optimizer, objective, key=key),
+        make_mesh(devices=devices),
+    )
+    inputs = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
+    batch = placement.put_batch({"image": inputs, "text": inputs, "where": np.ones(rows, bool)})
+    state = placement.init(jax.random.key(0))
+    losses = []
+    for _ in range(5):
+        state, metrics = placement.update(state, batch)
+        losses.append(float(metrics["loss"]))
+    is_good = bool(np.isfinite(losses).all() and losses[-1] < losses[0])
+    return f"{label}: loss {losses[0]:.3f} -> {losses[-1]:.3f} {'ok' if is_good else 'WRONG'}", is_good

@@ -1,0 +1,159 @@
+"""Recipes: Python files that describe a run, and the run directory that holds what came of it.
+
+A recipe module has three names:
+
+- `Config`: a frozen dataclass whose fields have defaults (see `repkit.config` for their types); its field `train` is a
+  `repkit.train.config.TrainConfig`.
+- `smoke(config)`: the same run made so small that it takes seconds.
+- `build(config, directory)`: the `Experiment`. It checks all of its input, and writes nothing.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import repkit
+from repkit.checks import InputError
+from repkit.config import differences, from_json, to_json
+from repkit.objective import Objective
+
+CONFIG_FILE = "config.json"
+
+
+class Experiment(NamedTuple):
+    """The parts of a run, as a recipe assembles them.
+
+    Attributes:
+        init: from a typed key to the model's parameters.
+        forward: `forward(params, batch, key) -> named outputs`.
+        objective: the loss terms.
+        batches: opens the stream of training batches.
+        validate: from parameters to metrics on the validation data, run at each checkpoint.
+        best_metric: the name of the validation metric by which the best checkpoint is chosen; larger is better.
+        evaluate: from parameters to result rows on the test data.
+        figures: from parameters and a folder to the paths of the figures drawn into it.
+        save: writes what `build` needs to find again, such as a trained tokenizer, into the run directory.
+        sharding_rules: how leaves of the training state are sharded over a mesh.
+    """
+
+    init: Callable[[Any], Any]
+    forward: Callable[..., dict[str, Any]]
+    objective: Objective
+    batches: Callable[[], Any]
+    validate: Callable[[Any], Mapping[str, float]]
+    best_metric: str
+    evaluate: Callable[[Any], list[Any]]
+    figures: Callable[[Any, Path], list[Path]]
+    save: Callable[[Path], None]
+    sharding_rules: tuple[Any, ...] = ()
+
+
+def load_recipe(path: Path) -> ModuleType:
+    """Imports a recipe file.
+
+    Raises:
+        InputError: if there is no such file, or it lacks a name that a recipe needs.
+    """
+    if not path.is_file():
+        raise InputError(f"no recipe at '{path}'; a recipe is a Python file such as experiments/two_tower.py")
+    name = f"repkit_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"'{path}' is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    missing = [needed for needed in ("Config", "smoke", "build") if not hasattr(module, needed)]
+    if missing:
+        raise InputError(f"the recipe '{path}' does not define {', '.join(missing)}")
+    return module
+
+
+class RunDirectory:
+    """The folder of one run: its configuration, checkpoints, metrics, results and figures."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Where the figures go."""
+        return self.path / "figures"
+
+    def check_usable(self, config: Any, *, resume: bool) -> None:
+        """Checks that a run with this configuration may be started or resumed here; writes nothing.
+
+        Raises:
+            InputError: if the folder belongs to another configuration or holds something else, if it holds this run and
+                `resume` is not asked for, or if it cannot be written.
+        """
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not parent.is_dir():
+            raise InputError(f"'{parent}' is a file; the run directory needs a folder there")
+        if not _is_writable(parent):
+            raise InputError(f"the run directory '{self.path}' cannot be written: no permission in '{parent}'")
+        if not (self.path / CONFIG_FILE).exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise InputError(f"'{self.path}' holds other files and no run; choose another --run directory")
+            return
+        stored = from_json(type(config), self._stored()["config"])
+        changed = differences(stored, config)
+        if changed:
+            raise InputError(
+                f"'{self.path}' belongs to a run with another configuration ({'; '.join(changed)}); "
+                "choose another --run directory"
+            )
+        if not resume and self.checkpoints.exists():
+            raise InputError(f"'{self.path}' already holds this run; add --resume to continue it")
+
+    def create(self, config: Any, recipe: Path) -> None:
+        """Makes the folder and writes the configuration, if it is new."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        target = self.path / CONFIG_FILE
+        if not target.exists():
+            stored = {"repkit": repkit.__version__, "recipe": str(recipe.resolve()), "config": to_json(config)}
+            partial = target.with_suffix(".partial")
+            partial.write_text(json.dumps(stored, indent=2) + "\n")
+            partial.replace(target)
+
+    def load(self, recipe: Path | None = None) -> tuple[ModuleType, Any]:
+        """The recipe and the configuration of the run in this folder.
+
+        Args:
+            recipe: the recipe file; None takes the one that the run was started with.
+
+        Raises:
+            InputError: if the folder holds no run, or its recipe is not to be found.
+        """
+        if not (self.path / CONFIG_FILE).exists():
+            raise InputError(f"no run in '{self.path}' (there is no {CONFIG_FILE}); `repkit train` makes one")
+        stored = self._stored()
+        module = load_recipe(Path(stored["recipe"]) if recipe is None else recipe)
+        return module, from_json(module.Config, stored["config"])
+
+    def _stored(self) -> dict[str, Any]:
+        try:
+            stored = json.loads((self.path / CONFIG_FILE).read_text())
+            return {"recipe": stored["recipe"], "config": stored["config"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"'{self.path / CONFIG_FILE}' is not the configuration of a run: {error}") from error
+
+
+def _is_writable(folder: Path) -> bool:
+    # Asking the file system beats asking for permission bits, which say nothing of read-only mounts.
+    probe = folder / ".repkit-write-test"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True

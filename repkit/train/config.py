@@ -1,0 +1,142 @@
+"""The settings that every training run has, and what they become: an optimizer and a placement."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import optax
+
+from repkit.checks import InputError
+from repkit.objective import Objective
+from repkit.train.mesh import Rules, batch_devices, make_mesh
+from repkit.train.state import init_state
+from repkit.train.step import PMAP_AXIS, Forward, Placement, jit_placement, make_update, pmap_placement
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: number of updates.
+        batch_size: examples per update, over all devices and processes.
+        seed: of parameters, data order, augmentation and every draw.
+        learning_rate: peak of the cosine schedule.
+        warmup_steps: steps of linear increase up to the peak.
+        weight_decay: AdamW's decay of the matrices; vectors and scalars are not decayed.
+        clip_norm: gradients of a larger global norm are scaled down to it; none to leave them.
+        accumulate: parts in which each batch is walked, see `make_update`.
+        ema_decay: decay of the moving average of the parameters, which is then what is evaluated; none for no average.
+        placement: `jit` over a mesh, or `pmap`.
+        mesh: sizes by axis name for `jit`; -1 takes the devices that are left.
+        log_every: steps between log rows.
+        log_term_gradients: whether log rows also hold the norm of each term's own gradient.
+        checkpoint_every: steps between checkpoints, each of them after a validation.
+        keep_last: newest checkpoints kept.
+        keep_best: best checkpoints kept by the recipe's validation metric.
+
+    Raises:
+        InputError: if a value is out of range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 128
+    seed: int = 0
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    accumulate: int = 1
+    ema_decay: float | None = None
+    placement: Literal["jit", "pmap"] = "jit"
+    mesh: dict[str, int] = field(default_factory=lambda: {"data": -1})
+    log_every: int = 50
+    log_term_gradients: bool = False
+    checkpoint_every: int = 500
+    keep_last: int = 3
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"train.batch_size must be a multiple of train.accumulate, got {self.batch_size} and {self.accumulate}"
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InputError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.learning_rate <= 0:
+            raise InputError(f"train.learning_rate must be positive, got {self.learning_rate}")
+        if self.log_term_gradients and self.placement == "pmap":
+            raise InputError("train.log_term_gradients needs train.placement=jit")
+
+
+def make_schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine down to 0 at the last step."""
+    warmup_steps = min(config.warmup_steps, config.steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup_steps, max(config.steps, warmup_steps + 1)
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW on the schedule, after clipping by the global norm."""
+    adamw = optax.adamw(
+        make_schedule(config),
+        b2=0.98,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    )
+    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def check_devices(config: TrainConfig) -> None:
+    """Checks that each batch splits evenly over the devices.
+
+    Raises:
+        InputError: if it does not, or if the mesh does not fit the devices.
+    """
+    parts = batch_devices(make_mesh(config.mesh)) if config.placement == "jit" else jax.device_count()
+    if config.batch_size % (parts * config.accumulate):
+        parts_text = f"{parts} devices" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        raise InputError(
+            f"train.batch_size={config.batch_size} cannot be split over {parts_text}; "
+            f"choose a multiple of {parts * config.accumulate}"
+        )
+
+
+def make_placement(
+    config: TrainConfig,
+    init: Callable[[jax.Array], object],
+    forward: Forward,
+    objective: Objective,
+    *,
+    rules: Rules = (),
+) -> Placement:
+    """Places the update that the configuration describes.
+
+    Args:
+        config: the settings.
+        init: from a key to the model's parameters.
+        forward: the model.
+        objective: the loss terms.
+        rules: how leaves of the state are sharded over the mesh.
+    """
+    optimizer = make_optimizer(config)
+    update = make_update(
+        forward,
+        objective,
+        optimizer,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        axis_name=PMAP_AXIS if config.placement == "pmap" else None,
+    )
+
+    def make_state(key: jax.Array) -> object:
+        return init_state(init, optimizer, objective, key=key, ema=config.ema_decay is not None)
+
+    if config.placement == "pmap":
+        return pmap_placement(update, make_state)
+    return jit_placement(update, make_state, make_mesh(config.mesh), rules=rules)

@@ -1,0 +1,122 @@
+"""The training loop: steps, log lines, validation, checkpoints, and an orderly stop on a signal."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from repkit.train.checkpoint import Checkpointer
+from repkit.train.interrupt import Interrupts
+from repkit.train.logging import MetricLogger
+from repkit.train.state import TrainState
+from repkit.train.step import Batch, Metrics, Placement
+
+
+class Batches(Protocol):
+    """A stream of host batches that can say where it stands and be put there again."""
+
+    corrupt: int
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """How a training run ended.
+
+    Attributes:
+        state: the final state, as a checkpoint keeps it.
+        step: the number of steps made in all.
+        interrupted: the name of the signal that ended the run early, or None.
+    """
+
+    state: TrainState
+    step: int
+    interrupted: str | None
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is no longer a number; the run has been stopped, with its checkpoints as they were."""
+
+
+def fit(
+    placement: Placement,
+    batches: Batches,
+    *,
+    steps: int,
+    key: Array,
+    checkpointer: Checkpointer,
+    logger: MetricLogger,
+    interrupts: Interrupts,
+    log_every: int,
+    checkpoint_every: int,
+    schedule: Callable[[int], Any],
+    validate: Callable[[Any], Mapping[str, float]] | None = None,
+    term_gradient_norms: Callable[[TrainState, Batch], Metrics] | None = None,
+) -> Outcome:
+    """Trains to a number of steps, from the newest checkpoint where there is one.
+
+    A resumed run makes the very steps that the uninterrupted one would have made: the state holds every random key and
+    moving average, and the batches go on at the next one.
+
+    Args:
+        placement: the placed update.
+        batches: the stream of host batches.
+        steps: the step at which training is complete.
+        key: typed random key of the run.
+        checkpointer: where states are kept; it is asked for its newest one first.
+        logger: takes one row of metrics each `log_every` steps.
+        interrupts: asked after each step whether a signal came; if so the state is saved and the loop ends.
+        log_every: steps between log rows.
+        checkpoint_every: steps between checkpoints; the last step is always kept.
+        schedule: the learning rate by step, for the log.
+        validate: from the parameters to metrics, run before each checkpoint; the best checkpoint is chosen by them.
+        term_gradient_norms: from state and batch to each term's gradient norm, for the log rows; None for rows without.
+
+    Raises:
+        NonFiniteLoss: if the loss of a logged step is not finite.
+    """
+    state, step = _start(placement, batches, key, checkpointer)
+
+    def save() -> None:
+        metrics = {} if validate is None else dict(validate(placement.get_state(state).evaluation_params))
+        if metrics:
+            logger.log(step, metrics)
+        checkpointer.save(step, placement.get_state(state), batches.get_state(), metrics)
+
+    saved = step
+    while step < steps and interrupts.requested is None:
+        host_batch = next(batches)
+        batch = placement.put_batch(host_batch)
+        is_logged = (step + 1) % log_every == 0 or step + 1 == steps
+        norms = term_gradient_norms(state, batch) if is_logged and term_gradient_norms is not None else {}
+        state, metrics = placement.update(state, batch)
+        step += 1
+        if is_logged:
+            row = {name: float(value) for name, value in jax.device_get({**metrics, **norms}).items()}
+            row |= {"learning_rate": float(schedule(step - 1)), "corrupt_examples": batches.corrupt}
+            logger.log(step, row, examples=step * len(host_batch["where"]) * jax.process_count())
+            if not math.isfinite(row["loss"]):
+                checkpointer.wait()
+                raise NonFiniteLoss(f"the loss is {row['loss']} at step {step}; the newest checkpoint is step {saved}")
+        if step % checkpoint_every == 0 or step == steps:
+            save()
+            saved = step
+    if saved < step:
+        save()
+    checkpointer.wait()
+    return Outcome(placement.get_state(state), step, interrupts.requested if step < steps else None)
+
+
+def _start(placement: Placement, batches: Batches, key: Array, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+    if checkpointer.latest_step() is None:
+        return placement.init(key), 0
+    restored = checkpointer.restore(placement.abstract)
+    batches.set_state(restored.data_position)
+    return placement.put_state(restored.state), restored.step
