@@ -1,7 +1,7 @@
 """The console command: `repkit train | evaluate | plot | doctor`.
 
-Exit codes: 0 done; 2 the input cannot be used (one line says why); 75 interrupted by a signal, saved, `--resume` continues;
-1 anything else.
+Exit codes: 0 done; 2 the input cannot be used, one line says why; 75 interrupted by a signal and saved, `--resume`
+continues; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
             message = f"unknown option {unknown.split()[0]}; {hint}"
         raise InputError(message)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # noqa: ANN001, ANN201
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         # Sub-parsers hand unknown options up to the main parser, which does not know the sub-command's options.
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="override a setting"
     )
-    train.add_argument(
-        "--smoke", action="store_true", help="the recipe's smallest setting, for a check that takes seconds"
-    )
+    train.add_argument("--smoke", action="store_true", help="the recipe's smallest setting; takes seconds")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     train.add_argument("--show", action="store_true", help="print the settings and stop")
     train.set_defaults(run_command=_train)
@@ -59,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("run", type=Path, help="the run directory")
-        sub.add_argument(
-            "--recipe", type=Path, help="the recipe file, if it is no longer where the run was started from"
-        )
+        sub.add_argument("--recipe", type=Path, help="the recipe file, if it has moved since the run")
         sub.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
         sub.set_defaults(run_command=command)
 
@@ -156,7 +152,7 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _restored(options: argparse.Namespace):  # noqa: ANN202
+def _restored(options: argparse.Namespace):
     """The run, its experiment, and the parameters of its newest or best checkpoint."""
     from repkit.recipe import RunDirectory
     from repkit.train.checkpoint import Checkpointer

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,15 @@ EXTRAS = {
 
 def report() -> Iterator[tuple[str, bool]]:
     """Yields lines to print, each with whether what it says is good."""
-    yield f"repkit {repkit.__version__}, Python {platform.python_version()} on {platform.machine()} ({sys.platform})", True
+    system = f"Python {platform.python_version()} on {platform.machine()} ({sys.platform})"
+    yield f"repkit {repkit.__version__}, {system}", True
     for package in NEEDED:
         version = _version(package)
         yield f"  {package:<20} {version or 'MISSING'}", version is not None
     for extra, packages in EXTRAS.items():
         for package in packages:
-            version = _version(package)
-            yield f'  {package:<20} {version or f"not installed (pip install "repkit[{extra}]")"}', True
+            version = _version(package) or f'not installed (pip install "repkit[{extra}]")'
+            yield f"  {package:<20} {version}", True
     devices = jax.devices()
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     yield f"{len(devices)} device(s): {kinds}; {jax.process_count()} process(es)", True
@@ -57,12 +58,16 @@ def _step_on(devices: list[jax.Device], label: str) -> tuple[str, bool]:
     term = Term(info_nce, ("outputs.image", "outputs.text"), options={"logit_scale": 10.0})
     objective, optimizer = Objective({"contrastive": term}), optax.sgd(0.5)
 
-    def forward(params: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array | None) -> dict[str, jax.Array]:
-        return {"image": normalize(batch["image"] @ params["image"]), "text": normalize(batch["text"] @ params["text"])}
+    def forward(params: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], key: jax.Array | None) -> dict:
+        return {tower: normalize(batch[tower] @ params[tower]) for tower in ("image", "text")}
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        keys = jax.random.split(key)
-        return {name: jax.random.normal(key, (width, width), jnp.float32) for name, key in zip(("image", "text"), keys, strict=True)}
+        image_key, text_key = jax.random.split(key)
+        shape = (width, width)
+        return {
+            "image": jax.random.normal(image_key, shape, jnp.float32),
+            "text": jax.random.normal(text_key, shape, jnp.float32),
+        }
 
     placement = jit_placement(
         make_update(forward, objective, optimizer),
