@@ -10,7 +10,7 @@ import optax
 from repkit.checks import InputError
 from repkit.objective import Objective
 from repkit.train.mesh import Rules, batch_devices, make_mesh
-from repkit.train.state import init_state
+from repkit.train.state import TrainState, init_state
 from repkit.train.step import PMAP_AXIS, Forward, Placement, jit_placement, make_update, pmap_placement
 
 
@@ -75,10 +75,8 @@ class TrainConfig:
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine down to 0 at the last step."""
-    warmup_steps = min(config.warmup_steps, config.steps)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup_steps, max(config.steps, warmup_steps + 1)
-    )
+    warmup_steps = min(config.warmup_steps, config.steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, config.steps)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -134,7 +132,7 @@ def make_placement(
         axis_name=PMAP_AXIS if config.placement == "pmap" else None,
     )
 
-    def make_state(key: jax.Array) -> object:
+    def make_state(key: jax.Array) -> TrainState:
         return init_state(init, optimizer, objective, key=key, ema=config.ema_decay is not None)
 
     if config.placement == "pmap":

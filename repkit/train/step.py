@@ -113,7 +113,7 @@ def _device_key(key: Array, axis_name: str | None) -> Array:
 
 
 def _parts(batch: Batch, count: int) -> dict[str, Array]:
-    """[b ...] -> [count, b/count ...], taking every count-th row, so that each device's rows are spread over all parts."""
+    """[b ...] -> [count, b/count ...] by every count-th row, so that each device's rows are spread over all parts."""
     rows = len(batch["where"])
     if rows % count:
         raise InputError(f"a batch of {rows} rows a device cannot be accumulated in {count} equal parts")
