@@ -3,7 +3,8 @@
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _step_on(devices: list[jax.Device], label: str) -> tuple[str, bool]:
+def _step_on(devices: Sequence[Any], label: str) -> tuple[str, bool]:
     """Trains a linear two-tower for a few steps; the loss must fall and stay finite."""
     rows, width = 4 * len(devices), 8
     term = Term(info_nce, ("outputs.image", "outputs.text"), options={"logit_scale": 10.0})

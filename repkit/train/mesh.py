@@ -18,7 +18,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 """Pairs of a regular expression on a leaf's path and how that leaf is sharded; the first match counts."""
 
 
-def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a device mesh from axis names and sizes.
 
     Args:

@@ -219,7 +219,7 @@ PMAP_AXIS = "data"
 
 
 def pmap_placement(
-    update: Update, make_state: Callable[[Array], TrainState], devices: Sequence[jax.Device] | None = None
+    update: Update, make_state: Callable[[Array], TrainState], devices: Sequence[Any] | None = None
 ) -> Placement:
     """Places an update with `jax.pmap`, for code that still uses it: every device holds the whole state.
 

@@ -1,0 +1,61 @@
+# make demo   train, evaluate and draw the two-tower on handwritten-digit scenes
+# make test   lint, type check and the fast tests; `make test-slow` runs the slow ones
+# Both make the virtual environment they need, and reuse it when called again.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/demo
+
+bin     := $(VENV)/bin
+# Compiled programs are kept between calls, so that a second run of the tests or the demo starts at once.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+pytest  := $(bin)/python -m pytest -q -n 2 --dist worksteal
+
+.PHONY: demo test test-fast test-slow lint format constraints clean
+
+demo: $(VENV)/.installed-all
+	$(bin)/repkit train experiments/two_tower.py --run $(RUN) --resume
+	$(bin)/repkit evaluate $(RUN)
+	$(bin)/repkit plot $(RUN)
+
+test: lint test-fast
+
+test-fast: $(VENV)/.installed-dev
+	$(pytest) -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(pytest) -m slow
+
+lint: $(VENV)/.installed-dev
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/pyright --pythonpath $(bin)/python
+
+format: $(VENV)/.installed-dev
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+# Writes the newest versions that pyproject.toml allows into constraints.txt; run the tests before committing it.
+constraints: $(VENV)/.installed-dev
+	$(bin)/python -m pip install --quiet uv
+	( head -1 constraints.txt; $(bin)/uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+	  --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml ) > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .cache
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "repkit needs Python 3.11 to 3.13; '$(PYTHON)' is `$(PYTHON) --version`. Name another: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# What the tests need includes what the demo needs, so a test environment serves for both.
+$(VENV)/.installed-dev: $(bin)/python pyproject.toml constraints.txt
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(VENV)/.installed-all $@
+
+$(VENV)/.installed-all: $(bin)/python pyproject.toml constraints.txt
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	touch $@
