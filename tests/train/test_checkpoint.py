@@ -163,9 +163,10 @@ def test_a_donated_step_does_not_reach_into_a_running_save(tmp_path: Path) -> No
         for step in range(0, 15, 5):
             checkpoints.save(step, {"device": state, "host": host}, {})
             host += 5
-            for _ in range(5):
-                before, state = state, advance(state)
-            assert before["split"].is_deleted()
+            for _ in range(4):
+                state = advance(state)
+            last, state = state, advance(state)
+            assert last["split"].is_deleted()
         checkpoints.wait()
         for step in range(0, 15, 5):
             restored = checkpoints.restore({"device": state, "host": host}, step).state
