@@ -79,8 +79,7 @@ def require_arrays(caller: str, arguments: Mapping[str, tuple[Any, str]]) -> Non
 def _problem(name: str, value: Any, kind: str, axes: list[str], sizes: dict[str, tuple[int, str]]) -> str | None:
     """What is wrong with one argument, given the axis lengths met so far; adds its own to them."""
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
-    is_python_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_array and not (kind == "number" and is_python_number):
+    if not is_array and not (kind == "number" and type(value) in (int, float)):
         return f"expected {name} to be an array, got {type(value).__name__}"
     if is_array and not jnp.issubdtype(value.dtype, _KINDS[kind]):
         return f"expected {name} to hold {kind} values, got {value.dtype}"
