@@ -1,0 +1,61 @@
+"""Zero-shot classification from prompt ensembles."""
+
+import numpy as np
+import pytest
+
+from repkit.checks import InputError
+from repkit.evaluate import class_embeddings, evaluate_zero_shot
+
+
+@pytest.fixture
+def texts():
+    rng = np.random.default_rng(0)
+    return {f"prompt {i}": rng.normal(size=6) * rng.uniform(0.1, 10) for i in range(7)}
+
+
+def test_class_embeddings_are_normalised_means_of_normalised_prompts(texts):
+    calls = []
+
+    def encode_texts(prompts):
+        calls.append(prompts)
+        return np.stack([texts[prompt] for prompt in prompts])
+
+    names = list(texts)
+    prompts = {"seven": names[:3], 8: names[3:4], "nine": names[4:]}
+    found = class_embeddings(encode_texts, prompts)
+    for row, ensemble in zip(found, prompts.values(), strict=True):
+        mean = np.mean([texts[prompt] / np.linalg.norm(texts[prompt]) for prompt in ensemble], axis=0)
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-5)
+    assert len(calls) == 1
+
+
+def test_accuracies_equal_the_loop():
+    rng = np.random.default_rng(1)
+    classes, images, labels = rng.normal(size=(8, 5)), rng.normal(size=(50, 5)), rng.integers(0, 8, 50)
+    order = np.argsort(-(images @ classes.T), axis=1)
+    metrics = evaluate_zero_shot(images.astype(np.float32), labels, classes.astype(np.float32))
+    assert metrics["top_1"] == pytest.approx(np.mean(order[:, 0] == labels))
+    assert metrics["top_5"] == pytest.approx(
+        np.mean([label in row[:5] for label, row in zip(labels, order, strict=True)])
+    )
+    per_class = [np.mean(order[labels == y, 0] == y) for y in range(8)]
+    assert metrics["mean_per_class"] == pytest.approx(np.mean(per_class))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ({}, "at least one class"),
+        ({"seven": []}, r"list of prompts for class 'seven', got \[\]"),
+        ({7: "a seven"}, "list of prompts for class 7, got 'a seven'"),
+    ],
+)
+def test_classes_without_prompts_are_refused(prompts, said):
+    with pytest.raises(InputError, match=said):
+        class_embeddings(lambda texts: np.ones((len(texts), 2)), prompts)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_without_a_class_are_refused(label):
+    with pytest.raises(InputError, match=rf"labels 0 ... 2, as many as classes with prompts, got {label}"):
+        evaluate_zero_shot(np.eye(3, dtype=np.float32), np.array([0, 1, label]), np.eye(3, dtype=np.float32))
