@@ -1,0 +1,151 @@
+"""Two towers, image and text, that meet on one unit sphere."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from repkit.checks import InputError
+from repkit.models.encoders import Encoded, TextConfig, TextTransformer, VisionConfig, VisionTransformer
+from repkit.models.functional import Batch, Model, Outputs, functional
+from repkit.models.layers import Dense, fold
+from repkit.numerics import normalize
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTowerConfig:
+    """A two-tower model.
+
+    Attributes:
+        image: the vision transformer.
+        text: the text transformer.
+        embed_dim: dimensions of the space in which image and text meet.
+        independent: give each modality a second projection, for what it does not share with the other.
+        initial_logit_scale: factor of the similarities at the start, positive.
+        max_logit_scale: its upper bound.
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    image: VisionConfig
+    text: TextConfig
+    embed_dim: int
+    independent: bool = False
+    initial_logit_scale: float = 1 / 0.07
+    max_logit_scale: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise InputError(f"embed_dim must be at least 1, got {self.embed_dim}")
+        if not 0 < self.initial_logit_scale <= self.max_logit_scale:
+            raise InputError(
+                "initial_logit_scale must be positive and at most max_logit_scale, "
+                f"got {self.initial_logit_scale} and {self.max_logit_scale}"
+            )
+
+
+class TwoTower(nnx.Module):
+    """An image and a text encoder with projections to unit vectors of one space, and the scale of their similarities.
+
+    The logit scale is learned as its logarithm, starts at 1/0.07 and is bounded by 100, as in CLIP. CLIP clips the
+    parameter after each step; here the output is clipped and the gradient passes as if it were not [ours], so that
+    the scale can leave the bound again, and the parameter's update stays linear in the loss's gradient.
+
+    References:
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
+        section 2.4.
+    """
+
+    def __init__(self, config: TwoTowerConfig, *, rngs: nnx.Rngs):
+        self.max_logit_scale = config.max_logit_scale
+        self.image = VisionTransformer(config.image, rngs=rngs)
+        self.text = TextTransformer(config.text, rngs=rngs)
+        self.image_projection = _projection(config.image.width, config.embed_dim, rngs)
+        self.text_projection = _projection(config.text.width, config.embed_dim, rngs)
+        self.independent = config.independent
+        if config.independent:
+            self.image_independent_projection = _projection(config.image.width, config.embed_dim, rngs)
+            self.text_independent_projection = _projection(config.text.width, config.embed_dim, rngs)
+        self.log_logit_scale = nnx.Param(jnp.array(math.log(config.initial_logit_scale), jnp.float32))
+
+    def __call__(self, batch: Batch, *, key: Key[Array, ""] | None = None) -> Outputs:
+        """Embeds whatever is in the batch.
+
+        Args:
+            batch: any of `image`, `augmented_image` [b h w 3] uint8, and `token_ids` with `token_mask`,
+                `augmented_token_ids` with `augmented_token_mask` [b l].
+            key: for dropout; None means none.
+
+        Returns:
+            `image`, `augmented_image`, `text`, `augmented_text`, as far as the batch has them, each with `embeds` and,
+            if the model has independent projections, `independent`, unit vectors [b embed_dim] float32; and
+            `logit_scale`, a float32 scalar.
+
+        Raises:
+            InputError: if the batch has none of them, token ids without a mask, or arrays of a wrong shape.
+        """
+        outputs: Outputs = {}
+        for index, prefix in enumerate(("", "augmented_")):
+            if f"{prefix}image" in batch:
+                encoded = self.image(batch[f"{prefix}image"], key=fold(key, 2 * index))
+                outputs[f"{prefix}image"] = self._embed("image", encoded)
+            if f"{prefix}token_ids" in batch:
+                if f"{prefix}token_mask" not in batch:
+                    raise InputError(f"the batch has {prefix}token_ids and lacks {prefix}token_mask")
+                token_ids, token_mask = batch[f"{prefix}token_ids"], batch[f"{prefix}token_mask"]
+                encoded = self.text(token_ids, token_mask, key=fold(key, 2 * index + 1))
+                outputs[f"{prefix}text"] = self._embed("text", encoded)
+        if not outputs:
+            raise InputError(f"the batch must have image or token_ids, got only: {', '.join(sorted(batch))}")
+        return outputs | {"logit_scale": self.logit_scale()}
+
+    def logit_scale(self) -> Float[Array, ""]:
+        """`min(exp(log_logit_scale), max_logit_scale)`."""
+        log_scale = self.log_logit_scale[...]
+        excess = jnp.maximum(log_scale - math.log(self.max_logit_scale), 0.0)
+        return jnp.exp(log_scale - jax.lax.stop_gradient(excess))
+
+    def _embed(self, modality: str, encoded: Encoded) -> dict[str, Float[Array, "b embed_dim"]]:
+        projected = {"embeds": normalize(getattr(self, f"{modality}_projection")(encoded.pooled))}
+        if self.independent:
+            independent = getattr(self, f"{modality}_independent_projection")(encoded.pooled)
+            projected["independent"] = normalize(independent)
+        return projected
+
+
+def two_tower(config: TwoTowerConfig, *, capture: Sequence[str] = ()) -> Model:
+    """The two-tower model as pure functions.
+
+    Args:
+        config: the model.
+        capture: attention layers whose maps are wanted, such as "text.blocks.*.attention"; see
+            `repkit.models.functional.functional`.
+
+    Returns:
+        `init(key) -> params` and `forward(params, batch, key) -> outputs`; the outputs are those of `TwoTower`.
+
+    Raises:
+        InputError: if a path of `capture` matches no attention layer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> image = VisionConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2)
+        >>> text = TextConfig(vocabulary_size=9, max_length=5, width=16, depth=1, heads=2)
+        >>> model = two_tower(TwoTowerConfig(image=image, text=text, embed_dim=8), capture=["image.*"])
+        >>> params = model.init(jax.random.key(0))
+        >>> outputs = model.forward(params, {"image": jnp.zeros((3, 8, 8, 3), jnp.uint8)}, None)
+        >>> outputs["image"]["embeds"].shape, outputs["attention"]["image.blocks.0.attention"].shape
+        ((3, 8), (3, 2, 4, 4))
+        >>> print(f"{outputs['logit_scale']:.2f}")
+        14.29
+    """
+    return functional(lambda rngs: TwoTower(config, rngs=rngs), capture=capture)
+
+
+def _projection(width: int, embed_dim: int, rngs: nnx.Rngs) -> Dense:
+    return Dense(width, embed_dim, use_bias=False, dtype=jnp.float32, rngs=rngs)
