@@ -1,4 +1,4 @@
-"""Ending a run from outside: the first SIGTERM or Ctrl-C asks for it, the loop saves at the end of its step and leaves."""
+"""Ending a run from outside: SIGTERM or Ctrl-C asks for it, the loop saves at the end of its step and leaves."""
 
 import signal
 import threading
@@ -15,8 +15,8 @@ It is EX_TEMPFAIL of sysexits.h, 'try again later', by which a scheduler can tel
 class Interrupts:
     """Takes note of SIGTERM and SIGINT while a loop runs, which looks at `requested` wherever it can stop cleanly.
 
-    The second SIGINT raises KeyboardInterrupt at once. The handlers that were there before come back at the end. Outside
-    the main thread, where Python allows no handlers, `requested` stays None.
+    The second SIGINT raises KeyboardInterrupt at once. The handlers that were there before come back at the end.
+    Outside the main thread, where Python allows no handlers, `requested` stays None.
 
     Attributes:
         requested: the name of the first signal that came, "SIGTERM" or "SIGINT"; None as long as none came.
