@@ -5,6 +5,7 @@ obvious, what to do. The command line turns an `InputError` into one line and ex
 """
 
 import difflib
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,14 +37,39 @@ def require_choice(argument: str, value: str, valid: Iterable[str]) -> None:
         raise unknown_name(argument, value, valid)
 
 
-def require_key(caller: str, key: Any, needed_for: str) -> None:
-    """Raises `InputError` unless `key` is one typed JAX random key."""
+def require_key(caller: str, key: jax.Array | None, needed_for: str) -> jax.Array:
+    """The key, if it is one typed JAX random key; raises `InputError` otherwise."""
     if key is None:
         raise InputError(f"{caller}: {needed_for} needs a random key; pass key=jax.random.key(seed)")
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and np.shape(key) == ()):
         raise InputError(
             f"{caller}: expected key to be one typed random key, from jax.random.key; got {_describe(key)}"
         )
+    return key
+
+
+def require_range(
+    caller: str,
+    argument: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Raises `InputError` where a Python number is out of range; a traced or array value cannot be looked at.
+
+    >>> require_range("info_nce", "share", 2.0, above=0, at_most=1)
+    Traceback (most recent call last):
+    repkit.checks.InputError: info_nce: expected share > 0 and <= 1, got 2.0
+    """
+    if not isinstance(value, (int, float)):
+        return
+    limits = ((">", above, operator.gt), (">=", at_least, operator.ge), ("<=", at_most, operator.le))
+    wanted = [(sign, limit, holds) for sign, limit, holds in limits if limit is not None]
+    if not all(holds(value, limit) for _, limit, holds in wanted):
+        expected = " and ".join(f"{sign} {limit}" for sign, limit, _ in wanted)
+        raise InputError(f"{caller}: expected {argument} {expected}, got {value}")
 
 
 _KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_, "number": jnp.number}
