@@ -1,7 +1,21 @@
 """Evaluation of trained encoders: loops over data that call `repkit.metrics`, and the results they leave."""
 
 from repkit.evaluate.embed import embed, token_batches
+from repkit.evaluate.linear_probe import evaluate_few_shot, evaluate_linear_probe
+from repkit.evaluate.results import Result, append_results, format_table, read_results
 from repkit.evaluate.retrieval import evaluate_retrieval
 from repkit.evaluate.zero_shot import class_embeddings, evaluate_zero_shot
 
-__all__ = ["class_embeddings", "embed", "evaluate_retrieval", "evaluate_zero_shot", "token_batches"]
+__all__ = [
+    "Result",
+    "append_results",
+    "class_embeddings",
+    "embed",
+    "evaluate_few_shot",
+    "evaluate_linear_probe",
+    "evaluate_retrieval",
+    "evaluate_zero_shot",
+    "format_table",
+    "read_results",
+    "token_batches",
+]
