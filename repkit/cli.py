@@ -155,7 +155,7 @@ def _train(options: argparse.Namespace) -> int:
 def _restored(options: argparse.Namespace):
     """The run, its experiment, and the parameters of its newest or best checkpoint."""
     from repkit.recipe import RunDirectory
-    from repkit.train.checkpoint import Checkpointer
+    from repkit.train.checkpoint import CheckpointReader
     from repkit.train.config import make_placement
 
     run = RunDirectory(options.run)
@@ -164,9 +164,8 @@ def _restored(options: argparse.Namespace):
     placement = make_placement(
         config.train, experiment.init, experiment.forward, experiment.objective, rules=experiment.sharding_rules
     )
-    with Checkpointer(run.checkpoints, best_metric=experiment.best_metric) as checkpointer:
-        step = checkpointer.best_step() if options.best else None
-        restored = checkpointer.restore(placement.abstract, step)
+    checkpoints = CheckpointReader(run.checkpoints, best_metric=experiment.best_metric)
+    restored = checkpoints.restore(placement.abstract, checkpoints.best_step() if options.best else None)
     return run, experiment, restored.state.evaluation_params, restored.step
 
 
@@ -175,7 +174,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     run, experiment, params, step = _restored(options)
     results = experiment.evaluate(params)
-    append_results(run.path / "results.jsonl", results)
+    append_results(results, run.path / "results.jsonl")
     print(f"{run.path} at step {step}")
     print(format_table(results))
     return 0

@@ -67,7 +67,11 @@ def test_imports_point_down(path):
         package, *parts = name.split(".")
         if package == "repkit":
             # `import repkit` and `from repkit import __version__` reach the package's own file only.
-            target = parts[0] if parts and ((PACKAGE / parts[0]).exists() or (PACKAGE / f"{parts[0]}.py").exists()) else "__init__"
+            target = (
+                parts[0]
+                if parts and ((PACKAGE / parts[0]).exists() or (PACKAGE / f"{parts[0]}.py").exists())
+                else "__init__"
+            )
             assert target == room or target in ALLOWED[room], f"{path.name} of {room} imports {name}"
         elif package in CONFINED:
             assert {room, path.relative_to(PACKAGE).as_posix()} & CONFINED[package], f"{path.name} imports {name}"
@@ -85,7 +89,10 @@ def test_device_mapping_stays_in_its_rooms():
     ("module", "absent"),
     [
         ("repkit", ["jax", "numpy"]),
-        ("repkit.losses", ["flax", "optax", "orbax", "grain", "tensorflow_datasets", "tensorflow", "matplotlib", "sklearn"]),
+        (
+            "repkit.losses",
+            ["flax", "optax", "orbax", "grain", "tensorflow_datasets", "tensorflow", "matplotlib", "sklearn"],
+        ),
         ("repkit.cli", ["jax", "flax", "grain", "tensorflow_datasets", "matplotlib"]),
         ("repkit.data", ["tensorflow", "flax", "optax"]),
         ("repkit.models", ["optax", "grain", "tensorflow_datasets"]),

@@ -99,7 +99,9 @@ def fit(
         state, metrics = placement.update(state, batch)
         step += 1
         if is_logged:
-            row = {name: float(value) for name, value in jax.device_get({**metrics, **norms}).items()}
+            values = {name: float(value) for name, value in jax.device_get({**metrics, **norms}).items()}
+            # The terminal shows the first few.
+            row = {"loss": values.pop("loss"), "gradient_norm": values.pop("gradient_norm"), **values}
             row |= {"learning_rate": float(schedule(step - 1)), "corrupt_examples": batches.corrupt}
             logger.log(step, row, examples=step * len(host_batch["where"]) * jax.process_count())
             if not math.isfinite(row["loss"]):

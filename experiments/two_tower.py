@@ -1,0 +1,328 @@
+"""Recipe: an image and a text tower, trained with a contrastive loss and any of the structure regularisers.
+
+    repkit train experiments/two_tower.py
+    repkit train experiments/two_tower.py --set loss=info_nce --set regularizers=brownian_bridge,geometric_consistency
+    repkit train experiments/two_tower.py --set data.source=jsonl --set data.train=pairs.jsonl ...
+
+`repkit train experiments/two_tower.py --show` lists all settings.
+"""
+
+import functools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from repkit import losses
+from repkit.checks import InputError
+from repkit.data.augment import Augmentation
+from repkit.data.pipeline import Batches, caption_table, make_batches
+from repkit.data.scenes import zero_shot_prompts
+from repkit.data.sources import Source, all_captions, digit_scenes_source, jsonl_source, tfds_source
+from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from repkit.evaluate.embed import embed, token_batches
+from repkit.evaluate.linear_probe import evaluate_few_shot, evaluate_linear_probe
+from repkit.evaluate.results import Result
+from repkit.evaluate.retrieval import evaluate_retrieval
+from repkit.evaluate.zero_shot import class_embeddings, evaluate_zero_shot
+from repkit.models.encoders import TextConfig, VisionConfig
+from repkit.models.functional import Model
+from repkit.models.two_tower import TwoTowerConfig, two_tower
+from repkit.objective import Objective, Term
+from repkit.recipe import Experiment
+from repkit.train.config import TrainConfig
+
+Loss = Literal["gamma_contrastive", "info_nce"]
+Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consistency"]
+TOKENIZER_FILE = "tokenizer.json"
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the examples come from.
+
+    Attributes:
+        source: `digit_scenes`, a TFDS data set by name (`tfds`), or JSONL image-caption pairs (`jsonl`).
+        name: configuration of digit_scenes (`single`, `pairs`), or name of the TFDS data set.
+        train: split to train on, or JSONL file.
+        validation: split or file by which the best checkpoint is chosen.
+        test: split or file for `repkit evaluate`.
+        directory: where TFDS keeps prepared data; none for its own default.
+        image_key: feature of the image in a TFDS data set.
+        caption_key: feature of the captions; none to take the names of the labels.
+        label_key: feature of the class label; none if there is none.
+        tokenizer: tokenizer file; none to train one on the training captions.
+        vocabulary_size: tokens of a tokenizer that is trained here.
+        max_length: tokens of a caption that are kept.
+        image_size: height and width that images are brought to.
+        max_corrupt_share: share of examples that may be unreadable before training stops.
+    """
+
+    source: Literal["digit_scenes", "tfds", "jsonl"] = "digit_scenes"
+    name: str = "single"
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    directory: str | None = None
+    image_key: str = "image"
+    caption_key: str | None = None
+    label_key: str | None = None
+    tokenizer: str | None = None
+    vocabulary_size: int = 512
+    max_length: int = 16
+    image_size: int = 16
+    max_corrupt_share: float = 0.01
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The towers: equal width, depth and heads for image and text."""
+
+    patch_size: int = 4
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    embed_dim: int = 64
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class GammaConfig:
+    """Settings of `gamma_contrastive`, see its documentation."""
+
+    draw: Literal["sampled", "expected"] = "sampled"
+    positive: Literal["sampled", "expected"] = "expected"
+    shape: float = 1.0
+    memory_rate: float = 0.9
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run.
+
+    Attributes:
+        loss: the contrastive loss.
+        regularizers: structure regularisers added to it; with any of them the batches hold augmented views.
+        regularizer_weight: weight of each regulariser; none for its own default.
+    """
+
+    loss: Loss = "gamma_contrastive"
+    regularizers: tuple[Regularizer, ...] = ()
+    regularizer_weight: float | None = None
+    gamma: GammaConfig = GammaConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=2400, learning_rate=2e-3, weight_decay=0.1, log_every=100, checkpoint_every=800
+        )
+    )
+
+
+def smoke(config: Config) -> Config:
+    """The same run in seconds."""
+    return replace(
+        config,
+        model=replace(config.model, width=32, depth=1, embed_dim=32),
+        train=replace(config.train, steps=20, batch_size=32, log_every=5, checkpoint_every=10, warmup_steps=5),
+    )
+
+
+def build(config: Config, directory: Path) -> Experiment:
+    """Assembles the run; reads the tokenizer from the run directory where an earlier call left it."""
+    train, validation, test = (_open(config.data, name) for name in ("train", "validation", "test"))
+    tokenizer = _tokenizer(config.data, train, directory)
+    model = two_tower(_model_config(config, tokenizer))
+
+    def batches(source: Source, *, training: bool) -> Batches:
+        return make_batches(
+            source,
+            tokenizer=tokenizer,
+            batch_size=config.train.batch_size if training else EVALUATION_BATCH,
+            image_size=config.data.image_size,
+            max_length=config.data.max_length,
+            shuffle=training,
+            repeat=training,
+            seed=config.train.seed,
+            augmentation=Augmentation() if training and config.regularizers else None,
+            max_corrupt_share=config.data.max_corrupt_share,
+            # Every process evaluates all examples, on its own.
+            process_index=None if training else 0,
+            process_count=None if training else 1,
+        )
+
+    def embedded(params: Any, source: Source) -> dict[str, np.ndarray]:
+        with batches(source, training=False) as rows:
+            return embed(model.forward, params, rows)
+
+    encode = functools.partial(_encode_texts, model, tokenizer, config.data.max_length)
+    retrieval = functools.partial(_retrieval, model, tokenizer, config.data.max_length)
+
+    def validate(params: Any) -> dict[str, float]:
+        metrics = retrieval(params, validation, embedded(params, validation))
+        return {f"validation/{name}": value for name, value in metrics.items()}
+
+    def evaluate(params: Any) -> list[Result]:
+        name = f"two_tower {config.loss}" + "".join(f" + {name}" for name in config.regularizers)
+        rows = {split: embedded(params, source) for split, source in _splits(train, validation, test).items()}
+        metrics = {"retrieval": retrieval(params, test, rows["test"])}
+        if train.has_labels:
+            labelled = {split: (embeds["image_embeds"], embeds["label"]) for split, embeds in rows.items()}
+            prompts = _prompts(config.data, train)
+            if prompts:
+                classes = class_embeddings(functools.partial(encode, params), prompts)
+                metrics["zero_shot"] = evaluate_zero_shot(*labelled["test"], classes)
+            metrics["linear_probe"] = evaluate_linear_probe(**labelled)
+            metrics["few_shot"] = evaluate_few_shot(**labelled, seed=config.train.seed)
+        data = f"{_data_name(config.data)} {config.data.test}"
+        return [Result(name, data, task, values) for task, values in metrics.items()]
+
+    return Experiment(
+        init=model.init,
+        forward=model.forward,
+        objective=_objective(config, dataset_size=len(train)),
+        batches=functools.partial(batches, train, training=True),
+        validate=validate,
+        best_metric="validation/text_to_image/R@1",
+        evaluate=evaluate,
+        figures=lambda params, folder: _figures(embedded(params, test), test, config.data, folder),
+        save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
+    )
+
+
+def _splits(train: Source, validation: Source, test: Source) -> dict[str, Source]:
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _open(data: DataConfig, which: Literal["train", "validation", "test"]) -> Source:
+    split = getattr(data, which)
+    match data.source:
+        case "digit_scenes":
+            return digit_scenes_source(data.name, split, data.directory)
+        case "tfds":
+            return tfds_source(
+                data.name,
+                split,
+                data.directory,
+                image_key=data.image_key,
+                caption_key=data.caption_key,
+                label_key=data.label_key,
+            )
+        case "jsonl":
+            return jsonl_source(split)
+
+
+def _tokenizer(data: DataConfig, train: Source, directory: Path) -> Tokenizer:
+    if (directory / TOKENIZER_FILE).exists():
+        return load_tokenizer(directory / TOKENIZER_FILE)
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    # Augmented captions use the synonyms, whether or not a caption does.
+    synonyms = [word for words in Augmentation().text.synonyms.values() for word in words]
+    return train_tokenizer([*all_captions(train), *synonyms], vocab_size=data.vocabulary_size)
+
+
+def _model_config(config: Config, tokenizer: Tokenizer) -> TwoTowerConfig:
+    model = config.model
+    shared = {
+        "width": model.width,
+        "depth": model.depth,
+        "heads": model.heads,
+        "dropout": model.dropout,
+        "dtype": model.dtype,
+        "remat": model.remat,
+    }
+    return TwoTowerConfig(
+        image=VisionConfig(image_size=config.data.image_size, patch_size=model.patch_size, **shared),
+        text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=config.data.max_length, **shared),
+        embed_dim=model.embed_dim,
+        independent="feature_separation" in config.regularizers,
+    )
+
+
+def _objective(config: Config, *, dataset_size: int) -> Objective:
+    return Objective(
+        {config.loss: _contrastive_term(config, dataset_size)}
+        | {name: _regularizer_term(name, config.regularizer_weight) for name in config.regularizers}
+    )
+
+
+PAIR = ("outputs.image.embeds", "outputs.text.embeds")
+SCALE = {"logit_scale": "outputs.logit_scale"}
+LABELS = {"labels": "batch.caption_id"}  # equal captions describe each other's images
+
+
+def _contrastive_term(config: Config, dataset_size: int) -> Term:
+    match config.loss:
+        case "info_nce":
+            return Term(losses.info_nce, PAIR, keywords=SCALE | LABELS)
+        case "gamma_contrastive":
+            gamma = config.gamma
+            return Term(
+                losses.gamma_contrastive,
+                PAIR,
+                keywords=SCALE | LABELS | {"example_id": "batch.example_id"},
+                options={
+                    "draw": gamma.draw,
+                    "positive": gamma.positive,
+                    "shape": gamma.shape,
+                    "memory_rate": gamma.memory_rate,
+                },
+                memory=functools.partial(losses.init_memory, dataset_size),
+            )
+
+
+def _regularizer_term(name: Regularizer, weight: float | None) -> Term:
+    augmented = ("outputs.augmented_image.embeds", "outputs.augmented_text.embeds")
+    match name:
+        case "feature_separation":
+            independent = tuple(
+                f"outputs.{view}.independent" for view in ("image", "text", "augmented_image", "augmented_text")
+            )
+            return Term(
+                losses.feature_separation,
+                PAIR + independent,
+                keywords=SCALE,
+                weight=1.0 if weight is None else weight,
+            )
+        case "brownian_bridge":
+            return Term(losses.brownian_bridge, (*PAIR, augmented[0]), weight=1.0 if weight is None else weight)
+        case "geometric_consistency":
+            return Term(losses.geometric_consistency, PAIR + augmented, weight=0.25 if weight is None else weight)
+
+
+def _encode_texts(model: Model, tokenizer: Tokenizer, max_length: int, params: Any, texts: list[str]) -> np.ndarray:
+    rows = token_batches(*tokenizer.encode(texts, max_length), batch_size=EVALUATION_BATCH)
+    return embed(model.forward, params, rows)["text_embeds"]
+
+
+def _retrieval(
+    model: Model, tokenizer: Tokenizer, max_length: int, params: Any, source: Source, images: dict[str, np.ndarray]
+) -> dict[str, float]:
+    captions = caption_table(source, tokenizer=tokenizer, max_length=max_length)
+    rows = token_batches(captions.token_ids, captions.token_mask, batch_size=EVALUATION_BATCH)
+    # Captions of images that could not be read have nothing to be found.
+    readable = np.isin(captions.example_id, images["example_id"])
+    return evaluate_retrieval(
+        images["image_embeds"],
+        embed(model.forward, params, rows)["text_embeds"][readable],
+        image_ids=images["example_id"],
+        text_image_ids=captions.example_id[readable],
+        caption_ids=captions.caption_id[readable],
+    )
+
+
+def _prompts(data: DataConfig, source: Source) -> dict[str, list[str]]:
+    return zero_shot_prompts() if data.source == "digit_scenes" and data.name == "single" else {}
+
+
+def _data_name(data: DataConfig) -> str:
+    return data.name if data.source == "tfds" else "jsonl" if data.source == "jsonl" else f"digit_scenes/{data.name}"
+
+
+def _figures(rows: dict[str, np.ndarray], source: Source, data: DataConfig, folder: Path) -> list[Path]:
+    raise InputError("not yet")

@@ -1,0 +1,142 @@
+"""The loop: what it logs and saves, an orderly stop, a resumed run, a loss that is no number."""
+
+import io
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from repkit.objective import Objective, Term
+from repkit.train.checkpoint import Checkpointer
+from repkit.train.interrupt import Interrupts
+from repkit.train.logging import MetricLogger, read_metrics
+from repkit.train.loop import NonFiniteLoss, fit
+from repkit.train.mesh import make_mesh
+from repkit.train.state import init_state
+from repkit.train.step import jit_placement, make_update
+
+
+def _squared_error(prediction, target, *, where=None, reduction="mean"):
+    return jnp.square(prediction - target)
+
+
+class Stream:
+    """Endless batches whose content follows from their position; a signal or a bad batch comes at a given one."""
+
+    corrupt = 0
+
+    def __init__(self, *, signal_at: int | None = None, nan_at: int | None = None):
+        self.position = 0
+        self.signal_at = signal_at
+        self.nan_at = nan_at
+
+    def __next__(self):
+        rng = np.random.default_rng(self.position)
+        if self.position == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        y = rng.standard_normal(8).astype(np.float32)
+        if self.position == self.nan_at:
+            y[3] = np.nan
+        self.position += 1
+        return {"x": rng.standard_normal((8, 3)).astype(np.float32), "y": y, "where": np.ones(8, bool)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def _run(folder, stream, *, steps=12, checkpoint_every=5, validate=None):
+    objective = Objective({"error": Term(_squared_error, ("outputs.y", "batch.y"))})
+    optimizer = optax.adam(0.1)
+
+    def forward(params, batch, key):
+        # A draw by the step's key, so that a resumed run must also resume its random numbers.
+        noise = jax.random.normal(key, (), jnp.float32)
+        return {"y": batch["x"] @ params["w"] + 0.1 * noise}
+
+    def make_state(key):
+        return init_state(
+            lambda key: {"w": jax.random.normal(key, (3,), jnp.float32)}, optimizer, objective, key=key, ema=True
+        )
+
+    placement = jit_placement(
+        make_update(forward, objective, optimizer, ema_decay=0.9), make_state, make_mesh(devices=jax.devices()[:1])
+    )
+    with (
+        Checkpointer(folder / "checkpoints", best_metric="quality" if validate else None, keep_last=1) as checkpointer,
+        MetricLogger(folder, total_steps=steps, stream=io.StringIO(), tensorboard=False) as logger,
+        Interrupts() as interrupts,
+    ):
+        return fit(
+            placement,
+            stream,
+            steps=steps,
+            key=jax.random.key(0),
+            checkpointer=checkpointer,
+            logger=logger,
+            interrupts=interrupts,
+            log_every=2,
+            checkpoint_every=checkpoint_every,
+            schedule=lambda step: 0.1,
+            validate=validate,
+        ), checkpointer.steps()
+
+
+def test_a_stopped_run_goes_on_to_the_very_same_state(tmp_path):
+    whole, _ = _run(tmp_path / "whole", Stream())
+    stopped, steps = _run(tmp_path / "stopped", Stream(signal_at=6))
+    # The batch in hand is finished, and its step saved.
+    assert (stopped.interrupted, stopped.step, steps) == ("SIGTERM", 7, [7])
+    resumed, _ = _run(tmp_path / "stopped", Stream())
+    assert (resumed.interrupted, resumed.step) == (None, 12)
+    states = [whole.state, resumed.state]
+    for state in states:
+        assert int(state.step) == 12
+    leaves = [
+        jax.tree.leaves((state.params, state.optimizer_state, state.ema, jax.random.key_data(state.key)))
+        for state in states
+    ]
+    for x, y in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(x, y)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_rows_are_logged_and_the_last_step_is_kept(tmp_path):
+    _, steps = _run(tmp_path, Stream(), steps=7, checkpoint_every=5)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    assert {"loss", "error", "gradient_norm", "learning_rate", "corrupt_examples"} <= rows[0].keys()
+    assert steps == [7]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+    qualities = iter([0.2, 0.9, 0.5])
+    outcome, steps = _run(tmp_path, Stream(), steps=15, validate=lambda params: {"quality": next(qualities)})
+    assert outcome.step == 15
+    assert steps == [10, 15]
+
+
+def test_validation_sees_the_moving_average(tmp_path):
+    seen = []
+
+    def validate(params):
+        seen.append(np.asarray(params["w"]))
+        return {"quality": 0.0}
+
+    outcome, _ = _run(tmp_path, Stream(), steps=5, validate=validate)
+    np.testing.assert_array_equal(seen[-1], outcome.state.ema["w"])
+    assert not np.array_equal(seen[-1], outcome.state.params["w"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 8; the newest checkpoint is step 5"):
+        _run(tmp_path, Stream(nan_at=6))
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.steps() == [5]
