@@ -27,33 +27,35 @@ def pair_masks(
     return is_pair & is_same, is_pair & ~is_same
 
 
-def pair_products(anchors: Float[Array, "b d"], candidates: Float[Array, "B d"]) -> Float[Array, "b B"]:
-    """Inner products of all anchors with all candidates, in full precision also where a device's default is lower."""
-    return jnp.matmul(anchors, candidates.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def pair_logits(
-    anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], logit_scale: Scalar, *, axis_name: str | None
+def pair_products(
+    anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], *, axis_name: str | None
 ) -> Float[Array, "b B"]:
-    """`logit_scale <anchor_i, candidate_j>` of this device's anchors with the candidates of all devices."""
-    products = pair_products(anchors, rows_over(candidates, axis_name))
-    return jnp.asarray(logit_scale, products.dtype) * products
+    """`<anchor_i, candidate_j>` of this device's anchors with the candidates of all devices, in full precision."""
+    return jnp.matmul(anchors, rows_over(candidates, axis_name).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def softmax_cross_entropy(
-    logits: Float[Array, "b B"], positives: Bool[Array, "b B"], negatives: Bool[Array, "b B"]
+    products: Float[Array, "b B"],
+    logit_scale: Scalar,
+    positives: Bool[Array, "b B"],
+    negatives: Bool[Array, "b B"],
 ) -> Float[Array, " b"]:
-    """`log sum_j exp(s_ij) - mean_p s_ip` over a row's positives p and all its positives and negatives j.
+    """`log sum_j exp(s_ij) - mean_p s_ip` with s = logit_scale products, p over positives, j over both kinds.
 
-    Written as `softplus(log sum_neg - log sum_pos) + log sum_pos` with logits counted from the positives' mean, so
-    that nothing cancels when the loss tends to 0: for a single positive the second term is exactly 0. A row without
-    positives has loss 0 and a zero gradient.
+    Written as `softplus(log sum_neg - log sum_pos) + log sum_pos` with products counted from the positives' mean, so
+    that neither value nor gradient cancels when the loss tends to 0: for a single positive the second term and its
+    gradient are exactly 0. A row without positives has loss 0 and a zero gradient.
     """
-    count = jnp.sum(positives, axis=-1, dtype=logits.dtype)
-    mean = jnp.sum(jnp.where(positives, logits, 0.0), axis=-1) / jnp.maximum(count, 1.0)
-    logits = logits - mean[:, None]
+    scale = jnp.asarray(logit_scale, products.dtype)
+    count = jnp.sum(positives, axis=-1, dtype=products.dtype)
     has_positive, has_negative = count > 0, jnp.any(negatives, axis=-1)
+    # The second term's gradients meet in this array before anything else is added to them: (1 - 1) + tiny keeps the
+    # tiny, (1 + tiny) - 1 would not.
+    positive_products = jnp.where(positives, products, 0.0)
+    mean = jnp.sum(positive_products, axis=-1) / jnp.maximum(count, 1.0)
+    spread = jnp.where(has_positive, masked_logsumexp(scale * (positive_products - mean[:, None]), positives), 0.0)
+
+    logits = scale * (products - jax.lax.stop_gradient(mean)[:, None])
     log_positive = jnp.where(has_positive, masked_logsumexp(logits, positives), 0.0)
     log_negative = jnp.where(has_negative, masked_logsumexp(logits, negatives), 0.0)
-    against_negatives = jnp.where(has_positive & has_negative, jax.nn.softplus(log_negative - log_positive), 0.0)
-    return against_negatives + log_positive
+    return jnp.where(has_positive & has_negative, jax.nn.softplus(log_negative - log_positive), 0.0) + spread

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias, get_args
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays, require_choice
-from repkit.losses._pairs import pair_logits, pair_masks, same_precision, softmax_cross_entropy
+from repkit.losses._pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
 from repkit.numerics import Reduction, Scalar, reduce_loss
 
 Direction: TypeAlias = Literal["symmetric", "image_to_text", "text_to_image"]
@@ -78,8 +78,8 @@ def info_nce(
     positives, negatives = pair_masks(labels, where, rows=images.shape[0], axis_name=axis_name)
 
     def cross_entropy(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> Float[Array, " b"]:
-        logits = pair_logits(anchors, candidates, logit_scale, axis_name=axis_name)
-        return softmax_cross_entropy(logits, positives, negatives)
+        products = pair_products(anchors, candidates, axis_name=axis_name)
+        return softmax_cross_entropy(products, logit_scale, positives, negatives)
 
     match direction:
         case "symmetric":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
-from repkit.losses._pairs import pair_logits, pair_masks, same_precision
+from repkit.losses._pairs import pair_masks, pair_products, same_precision
 from repkit.numerics import (
     Reduction,
     Scalar,
@@ -216,12 +216,8 @@ def gamma_contrastive(
     # A row without a negative says nothing about its partition, and is left out.
     usable = jnp.any(positives, axis=-1) & jnp.any(negatives, axis=-1)
     # From here on the first axis is the direction: images as anchors, texts as anchors.
-    logits = jnp.stack(
-        [
-            pair_logits(images, texts, logit_scale, axis_name=axis_name),
-            pair_logits(texts, images, logit_scale, axis_name=axis_name),
-        ]
-    )
+    products = [pair_products(*sides, axis_name=axis_name) for sides in ((images, texts), (texts, images))]
+    logits = jnp.asarray(logit_scale, dtype) * jnp.stack(products)
     positives, negatives = positives[None], negatives[None]
     positive_count = jnp.maximum(jnp.sum(positives, axis=-1, dtype=dtype), 1.0)
     positive_mean = jnp.sum(jnp.where(positives, logits, 0.0), axis=-1) / positive_count
