@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from repkit import losses
-from repkit.checks import InputError
+from repkit import losses, plots
 from repkit.data.augment import Augmentation
+from repkit.data.images import load_image
 from repkit.data.pipeline import Batches, caption_table, make_batches
 from repkit.data.scenes import zero_shot_prompts
 from repkit.data.sources import Source, all_captions, digit_scenes_source, jsonl_source, tfds_source
@@ -37,6 +37,7 @@ Loss = Literal["gamma_contrastive", "info_nce"]
 Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consistency"]
 TOKENIZER_FILE = "tokenizer.json"
 EVALUATION_BATCH = 256
+FIGURE_EXAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,16 @@ def build(config: Config, directory: Path) -> Experiment:
         return {f"validation/{name}": value for name, value in metrics.items()}
 
     def evaluate(params: Any) -> list[Result]:
-        name = f"two_tower {config.loss}" + "".join(f" + {name}" for name in config.regularizers)
-        rows = {split: embedded(params, source) for split, source in _splits(train, validation, test).items()}
-        metrics = {"retrieval": retrieval(params, test, rows["test"])}
+        train_rows, validation_rows, test_rows = (embedded(params, source) for source in (train, validation, test))
+        metrics = {"retrieval": retrieval(params, test, test_rows)}
+        if prompts := _prompts(config.data):
+            classes = class_embeddings(functools.partial(encode, params), prompts)
+            metrics["zero_shot"] = evaluate_zero_shot(test_rows["image_embeds"], test_rows["label"], classes)
         if train.has_labels:
-            labelled = {split: (embeds["image_embeds"], embeds["label"]) for split, embeds in rows.items()}
-            prompts = _prompts(config.data, train)
-            if prompts:
-                classes = class_embeddings(functools.partial(encode, params), prompts)
-                metrics["zero_shot"] = evaluate_zero_shot(*labelled["test"], classes)
-            metrics["linear_probe"] = evaluate_linear_probe(**labelled)
-            metrics["few_shot"] = evaluate_few_shot(**labelled, seed=config.train.seed)
+            probes = [(rows["image_embeds"], rows["label"]) for rows in (train_rows, validation_rows, test_rows)]
+            metrics["linear_probe"] = evaluate_linear_probe(*probes)
+            metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed)
+        name = " + ".join(["two_tower", config.loss, *config.regularizers])
         data = f"{_data_name(config.data)} {config.data.test}"
         return [Result(name, data, task, values) for task, values in metrics.items()]
 
@@ -189,13 +189,9 @@ def build(config: Config, directory: Path) -> Experiment:
         validate=validate,
         best_metric="validation/text_to_image/R@1",
         evaluate=evaluate,
-        figures=lambda params, folder: _figures(embedded(params, test), test, config.data, folder),
+        figures=lambda params, folder: _figures(embedded(params, test), test, config.data.image_size, folder),
         save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
     )
-
-
-def _splits(train: Source, validation: Source, test: Source) -> dict[str, Source]:
-    return {"train": train, "validation": validation, "test": test}
 
 
 def _open(data: DataConfig, which: Literal["train", "validation", "test"]) -> Source:
@@ -316,13 +312,27 @@ def _retrieval(
     )
 
 
-def _prompts(data: DataConfig, source: Source) -> dict[str, list[str]]:
-    return zero_shot_prompts() if data.source == "digit_scenes" and data.name == "single" else {}
+def _prompts(data: DataConfig) -> dict[str, list[str]]:
+    """Zero-shot prompts by class, where the data set comes with some."""
+    return zero_shot_prompts() if (data.source, data.name) == ("digit_scenes", "single") else {}
 
 
 def _data_name(data: DataConfig) -> str:
-    return data.name if data.source == "tfds" else "jsonl" if data.source == "jsonl" else f"digit_scenes/{data.name}"
+    return {"digit_scenes": f"digit_scenes/{data.name}", "tfds": data.name, "jsonl": "jsonl"}[data.source]
 
 
-def _figures(rows: dict[str, np.ndarray], source: Source, data: DataConfig, folder: Path) -> list[Path]:
-    raise InputError("not yet")
+def _figures(rows: dict[str, np.ndarray], source: Source, image_size: int, folder: Path) -> list[Path]:
+    ids = rows["example_id"][:FIGURE_EXAMPLES]
+    records = [source[int(index)] for index in ids]
+    pairs = {
+        "image_embeds": rows["image_embeds"][: len(ids)],
+        "text_embeds": rows["text_embeds"][: len(ids)],
+        "images": [load_image(record["image"], image_size=image_size) for record in records],
+        "captions": [record["captions"][0] for record in records],
+    }
+    paths = {name: folder / f"{name}.png" for name in ("similarity", "retrieval", "projection")}
+    plots.similarity_heatmap(**pairs, path=paths["similarity"])
+    plots.retrieved_examples(**pairs, path=paths["retrieval"])
+    labels = rows["label"][: len(ids)] if source.has_labels else None
+    plots.projection(pairs["image_embeds"], pairs["text_embeds"], labels, paths["projection"])
+    return list(paths.values())
