@@ -126,6 +126,18 @@ def row_indices(rows: int, axis_name: str | None) -> Int[Array, " b"]:
     return first + jnp.arange(rows)
 
 
+def local_rows(x: Shaped[Array, " B *shape"], axis_name: str | None) -> Shaped[Array, " b *shape"]:
+    """This device's rows of an array that every device holds whole."""
+    if axis_name is None:
+        return x
+    return x[row_indices(x.shape[0] // jax.lax.axis_size(axis_name), axis_name)]
+
+
+def row_count(rows: int, axis_name: str | None) -> int:
+    """The number of all devices' rows."""
+    return rows if axis_name is None else rows * jax.lax.axis_size(axis_name)
+
+
 def replicated_rows_over(x: Shaped[Array, " b *shape"], axis_name: str | None) -> Shaped[Array, " B *shape"]:
     """All devices' rows, in a form that JAX knows to be equal on every device, so that a replicated result may follow.
 
@@ -133,7 +145,7 @@ def replicated_rows_over(x: Shaped[Array, " b *shape"], axis_name: str | None) -
     """
     if axis_name is None:
         return x
-    everywhere = jnp.zeros((jax.lax.axis_size(axis_name) * x.shape[0], *x.shape[1:]), x.dtype)
+    everywhere = jnp.zeros((row_count(x.shape[0], axis_name), *x.shape[1:]), x.dtype)
     return jax.lax.psum(everywhere.at[row_indices(x.shape[0], axis_name)].set(x), axis_name)
 
 

@@ -16,11 +16,12 @@ from repkit.numerics import (
     Reduction,
     Scalar,
     WeightedMean,
+    local_rows,
     log_interpolate,
     masked_logsumexp,
     reduce_loss,
     replicated_rows_over,
-    row_indices,
+    row_count,
 )
 
 Draw: TypeAlias = Literal["sampled", "expected"]
@@ -231,10 +232,9 @@ def gamma_contrastive(
     log_mean = log_rate = -log_partition
     if draw == "sampled":
         # Every device draws for all rows and keeps its own, so that the draw does not depend on the number of devices.
-        all_rows = rows if axis_name is None else rows * jax.lax.axis_size(axis_name)
         key = require_key("gamma_contrastive", key, 'draw="sampled"')
-        noise = sample_rates(jnp.zeros((2, all_rows), dtype), key=key, shape=shape)
-        log_rate = log_mean + noise[:, row_indices(rows, axis_name)]
+        noise = sample_rates(jnp.zeros((row_count(rows, axis_name), 2), dtype), key=key, shape=shape)
+        log_rate = log_mean + local_rows(noise, axis_name).T
     log_positive_rate = log_rate if positive == "sampled" else log_mean
 
     positive_exponents = logits + (log_positive_rate + log_weight)[:, :, None]
@@ -324,9 +324,10 @@ def _recall(
         text_to_image=memory.text_to_image.at[targets].set(text_to_image, mode="drop"),
         visited=memory.visited.at[targets].set(True, mode="drop"),
     )
-    mine = row_indices(usable.shape[0], axis_name)
     drift = jnp.where(visited, jnp.mean(jnp.abs(jnp.where(known, averages - old, 0.0)), axis=0), 0.0)
-    return _Recalled(jnp.where(known, new, estimates)[:, mine], drift[mine], visited[mine], updated)
+    log_partition = jnp.where(known, new, estimates)
+    mine = [local_rows(rows, axis_name) for rows in (log_partition.T, drift, visited)]
+    return _Recalled(mine[0].T, mine[1], mine[2], updated)
 
 
 def _bounded_exp(x: Float[Array, "*shape"], bound: float) -> Float[Array, "*shape"]:
