@@ -126,6 +126,8 @@ class TfdsSource:
         decoders = {image_key: tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
         self._name = f"{builder.info.full_name} {split}"
         try:
+            if not builder.info.splits[split].num_examples:
+                raise InputError("the data set is empty")
             self._examples = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise InputError(
@@ -134,8 +136,6 @@ class TfdsSource:
             ) from error
         except ValueError as error:
             raise InputError(f"{self._name}: {error}") from error
-        if not len(self._examples):
-            raise InputError(f"{self._name}: the data set is empty")
         self._image_key, self._caption_key, self._label_key = image_key, caption_key, label_key
         self._class_names = getattr(builder.info.features[label_key], "names", None) if caption_key is None else None
         if caption_key is None and self._class_names is None:
@@ -315,7 +315,8 @@ def _prepared_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any
         builder = make_builder()
     except tfds.core.DatasetNotFoundError as error:
         raise unknown_name("TFDS data set", name, tfds.list_builders(with_community_datasets=False)) from error
-    except (ValueError, RuntimeError) as error:
+    # TFDS says with an AssertionError that it has no such version.
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"TFDS data set {name}: {str(error).splitlines()[0]}") from error
     if builder.data_path.exists():
         return builder
@@ -326,6 +327,8 @@ def _prepared_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any
     except OSError as error:
         if not builder.data_path.exists():
             raise InputError(f"cannot prepare {name} in {builder.data_path}: {error}; give another data_dir") from error
+    except ImportError as error:
+        raise InputError(f"cannot prepare {name}: its builder needs what is not installed: {error}") from error
     # A new one, because the information of a builder that lost the race is incomplete.
     return make_builder()
 
