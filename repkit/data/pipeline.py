@@ -142,6 +142,7 @@ def make_batches(
         import jax
 
         process_index, process_count = jax.process_index(), jax.process_count()
+    tokenizer.encode([""], max_length)  # Refuses a length that is too short before any thread starts.
     _check_arguments(source, batch_size, image_size, seed, process_index, process_count, max_corrupt_share)
     reader = _BatchReader(
         source,
@@ -230,17 +231,17 @@ class Batches:
         indices = grain.MapDataset.range(first_batch, self._reader.batch_count)
         return iter(indices.map(self._reader).to_iter_dataset(self._options))
 
-    def _count(self, batch: dict[str, np.ndarray], defects: dict[int, str]) -> None:
-        self.corrupt += int(np.isin(batch["example_id"], list(defects)).sum())
+    def _count(self, batch: dict[str, np.ndarray], defects: Sequence[tuple[int, str]]) -> None:
+        self.corrupt += len(defects)
         self._rows_read += int(batch["where"].sum()) + len(defects)
-        self._corrupt_examples |= defects.keys()
+        self._corrupt_examples |= {index for index, _ in defects}
         # Each example counts once, however many epochs have been read.
         corrupt, read = len(self._corrupt_examples), min(self._rows_read, self._reader.examples)
         enough = min(LEAST_READ_FOR_SHARE, self._reader.examples)
         if defects and corrupt > self._max_corrupt_share * max(read, enough):
             raise InputError(
                 f"{corrupt} of {read} examples read are corrupt, more than max_corrupt_share "
-                f"{self._max_corrupt_share:g} allows; the last one: {list(defects.values())[-1]}"
+                f"{self._max_corrupt_share:g} allows; the last one: {defects[-1][1]}"
             )
 
 
@@ -287,8 +288,6 @@ class _BatchReader:
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled_order)
         self._cached: dict[int, _Example] = {}
         self._caches = self.examples * image_size**2 * 3 <= MOST_CACHED_BYTES
-        # Reports a max_length that is too small before any thread starts.
-        self._no_text = tokenizer.encode([""], max_length)
 
     @property
     def batch_count(self) -> int:
@@ -305,7 +304,7 @@ class _BatchReader:
             "shuffle": self._shuffle,
         }
 
-    def __call__(self, batch_index: int) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    def __call__(self, batch_index: int) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:
         start = batch_index * self.batch_size + self._first_row
         stop = start + self._rows if self._repeat else min(start + self._rows, self.examples)
         indices = [self._index_at(position) for position in range(start, stop)]
@@ -314,7 +313,8 @@ class _BatchReader:
         batch = self._assemble(indices, examples, captions)
         if self._augmentation is not None:
             batch |= self._augmented(batch["image"], captions, start, self._augmentation)
-        return batch, {i: e.defect for i, e in zip(indices, examples, strict=True) if e.defect is not None}
+        pairs = zip(indices, examples, strict=True)
+        return batch, [(index, example.defect) for index, example in pairs if example.defect is not None]
 
     def _index_at(self, position: int) -> int:
         epoch, index = divmod(position, self.examples)
@@ -323,7 +323,7 @@ class _BatchReader:
         return int(self._epoch_order(epoch)[index])
 
     def _shuffled_order(self, epoch: int) -> np.ndarray:
-        """Eight bytes an example. An order without a table (Grain's `index_shuffle`) is slow on small sources."""
+        """Eight bytes an example; Grain's shuffle needs no table, but milliseconds an index for a small source."""
         return np.random.default_rng([self._seed, _SHUFFLE, epoch]).permutation(self.examples)
 
     def _example(self, index: int) -> _Example:

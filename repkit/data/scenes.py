@@ -51,7 +51,7 @@ PLACES: Mapping[tuple[int, int], str] = {
 SINGLE_PLACES = ((0, 0), (0, 2), (2, 0), (2, 2))
 """The cells used by scenes of one digit: at 16 x 16 pixels the others would overlap with these."""
 
-SPLIT_SHARES: Mapping[str, float] = {"train": 0.8, "validation": 0.1, "test": 0.1}
+SPLIT_SHARES: Mapping[str, float] = {"train": 0.85, "validation": 0.05, "test": 0.1}
 """Share of every digit class's strokes that a split may use."""
 
 STROKE_SIZE = 8

@@ -1,6 +1,7 @@
 """Where examples come from: random access to images with their captions, from TFDS or from JSONL files."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -13,6 +14,9 @@ import numpy as np
 
 from repkit.checks import InputError, unknown_name
 from repkit.data.images import CorruptExampleError, load_image
+
+MOST_KEPT_BYTES = 64 * 2**20
+"""TFDS data sets up to this size are kept in memory once read, still encoded."""
 
 
 class Record(TypedDict):
@@ -58,7 +62,7 @@ def digit_scenes_source(config: str, split: str, data_dir: str | os.PathLike[str
 
     Returns:
         A source whose records also hold `ground_truth`: {"background": name, "digits": [{"digit", "colour", "row",
-        "column", "top", "left", "size", "stroke_id"}]}.
+        "column", "top", "left", "stroke_id"}]}.
 
     Raises:
         InputError: unknown config or split, or `data_dir` cannot be written.
@@ -136,6 +140,9 @@ class TfdsSource:
             ) from error
         except ValueError as error:
             raise InputError(f"{self._name}: {error}") from error
+        # Parsing costs more than a small data set's memory, and training and evaluation read it again and again.
+        keep = builder.info.dataset_size <= MOST_KEPT_BYTES
+        self._read = functools.cache(self._examples.__getitem__) if keep else self._examples.__getitem__
         self._image_key, self._caption_key, self._label_key = image_key, caption_key, label_key
         self._class_names = getattr(builder.info.features[label_key], "names", None) if caption_key is None else None
         if caption_key is None and self._class_names is None:
@@ -146,7 +153,7 @@ class TfdsSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._examples[index]
+        example = self._read(index)
         record = Record(
             image=example[self._image_key],
             captions=self._captions_of(example),
@@ -160,7 +167,7 @@ class TfdsSource:
         return record
 
     def captions(self, index: int) -> list[str]:
-        return self._captions_of(self._examples[index])
+        return self._captions_of(self._read(index))
 
     def _captions_of(self, example: Any) -> list[str]:
         if self._class_names is not None:

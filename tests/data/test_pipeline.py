@@ -217,8 +217,12 @@ def test_a_single_pass_can_be_resumed(pairs, batches_of):
     options = {"shuffle": False, "repeat": False}
     batches = batches_of(pairs, **options)
     expected = list(batches)
-    batches.set_state({**batches.get_state(), "position": 16})
+    finished = batches.get_state()
+    assert list(batches) == []
+    batches.set_state({**finished, "position": 16})
     assert_equal(list(batches), expected[2:])
+    batches.set_state(finished)
+    assert list(batches) == []
 
 
 def test_augmentation_adds_views_and_leaves_the_rest(pairs, batches_of):
@@ -258,9 +262,10 @@ def with_corrupt(write_pairs, pair_lines):
 
     def make(*indices: int):
         path = write_pairs(*pair_lines)
+        source = jsonl_source(path)
         for index in indices:
             (path.parent / "images" / f"{index}.png").write_bytes(b"\x89PNG\r\n\x1a\nbut no more")
-        return jsonl_source(path)
+        return source
 
     return make
 
@@ -288,6 +293,13 @@ def test_more_corrupt_examples_than_their_share_end_the_run(with_corrupt, batche
         list(batches_of(source, max_corrupt_share=0.08, repeat=False))
     with pytest.raises(InputError, match=r"the last one: .*pairs.jsonl:6 \(images/5.png\): not a readable image"):
         list(batches_of(source, max_corrupt_share=0.0, repeat=False, shuffle=False))
+
+
+def test_padding_is_not_taken_for_the_example_whose_id_it_has(with_corrupt, batches_of):
+    batches = batches_of(with_corrupt(0), max_corrupt_share=0.1, repeat=False, shuffle=False)
+    rows = join(list(batches))
+    assert (rows["example_id"] == 0).sum() == 2
+    assert batches.corrupt == 1
 
 
 def test_the_share_is_of_all_rows_read_however_many_epochs(with_corrupt, batches_of):
