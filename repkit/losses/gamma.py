@@ -225,7 +225,7 @@ def gamma_contrastive(
 
     log_weight = jnp.log(jnp.asarray(positive_weight, dtype))
     log_ratio = _log_ratio(negatives, dataset_size, dtype)
-    fresh = jnp.where(usable, _log_partition(logits, positives, negatives, log_weight, log_ratio), 0.0)
+    fresh = jnp.where(usable[None], _log_partition(logits, positives, negatives, log_weight, log_ratio), 0.0)
     recalled = None if memory is None else _recall(memory, example_id, usable, fresh, memory_rate, axis_name)
     log_partition = fresh if recalled is None else recalled.log_partition
 
@@ -254,7 +254,7 @@ def gamma_contrastive(
         "info_nce": mean_over_rows(jnp.mean(fresh - positive_mean, axis=0), usable),
         "drift": mean_over_rows(recalled.drift, recalled.visited),
         "clipped": mean_over_rows(
-            exponents > max_exponent, jnp.broadcast_to((positives | negatives) & usable[:, None], exponents.shape)
+            exponents > max_exponent, jnp.broadcast_to((positives | negatives) & usable[None, :, None], exponents.shape)
         ),
         "visited": mean_over_rows(recalled.visited, usable),
     }
@@ -316,7 +316,7 @@ def _recall(
     slots = jnp.where(known, ids, 0)
     visited = known & memory.visited[slots]
     old = jnp.stack([memory.image_to_text[slots], memory.text_to_image[slots]]).astype(fresh.dtype)
-    new = jnp.where(visited, log_interpolate(old, averages, memory_rate), averages)
+    new = jnp.where(visited[None], log_interpolate(old, averages, memory_rate), averages)
     targets = jnp.where(known, ids, size)
     image_to_text, text_to_image = new.astype(memory.image_to_text.dtype)
     updated = memory._replace(
@@ -324,8 +324,8 @@ def _recall(
         text_to_image=memory.text_to_image.at[targets].set(text_to_image, mode="drop"),
         visited=memory.visited.at[targets].set(True, mode="drop"),
     )
-    drift = jnp.where(visited, jnp.mean(jnp.abs(jnp.where(known, averages - old, 0.0)), axis=0), 0.0)
-    log_partition = jnp.where(known, new, estimates)
+    drift = jnp.where(visited, jnp.mean(jnp.abs(averages - old), axis=0), 0.0)
+    log_partition = jnp.where(known[None], new, estimates)
     mine = [local_rows(rows, axis_name) for rows in (log_partition.T, drift, visited)]
     return _Recalled(mine[0].T, mine[1], mine[2], updated)
 
