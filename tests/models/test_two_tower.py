@@ -59,8 +59,9 @@ def test_it_embeds_what_is_there_as_it_does_in_company(tiny, tiny_batch, names, 
 
 def test_a_row_does_not_depend_on_the_other_rows(tiny, tiny_batch):
     forward, params = tiny
-    whole = forward(params, tiny_batch, None)
-    row = forward(params, {name: values[1:2] for name, values in tiny_batch.items()}, None)
+    batch = only(tiny_batch, "image", "token_ids", "token_mask")
+    whole = forward(params, batch, None)
+    row = forward(params, {name: values[1:2] for name, values in batch.items()}, None)
     for view in ("image", "text"):
         np.testing.assert_allclose(whole[view]["embeds"][1:2], row[view]["embeds"], atol=1e-5)
 
@@ -88,14 +89,10 @@ def test_views_of_different_shapes_are_refused(tiny, tiny_batch):
 
 def test_gradients_flow_through_augmented_views(tiny, tiny_batch):
     forward, params = tiny
-
-    def similarity(params):
-        outputs = forward(params, only(tiny_batch, "augmented_image", "token_ids", "token_mask"), None)
-        return (outputs["augmented_image"]["embeds"] * outputs["text"]["embeds"]).sum()
-
-    gradient = jax.jit(jax.grad(similarity))(params)
-    for tower in ("image", "text"):
-        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient[f"{tower}_projection"]))
+    images = only(tiny_batch, "augmented_image")
+    differentiate = jax.jit(jax.grad(lambda params: forward(params, images, None)["augmented_image"]["embeds"].sum()))
+    gradient = differentiate(params)
+    assert np.abs(gradient["image_projection"]["kernel"]).max() > 0
     assert np.abs(gradient["image"]["patch_embedding"]["kernel"]).max() > 0
 
 
