@@ -1,12 +1,18 @@
 """Brownian bridge: its identity, its ends, and several points on one path."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repkit.losses import brownian_bridge, brownian_bridge_path
+from repkit import losses
 from repkit.losses.bridge import SAMPLED_TIMES
+
+brownian_bridge_path = jax.jit(losses.brownian_bridge_path, static_argnames="times")
+brownian_bridge = jax.jit(losses.brownian_bridge, static_argnames="reduction")
+sampled_bridge = jax.jit(functools.partial(losses.brownian_bridge, time="sampled"), static_argnames="reduction")
 
 
 def unit(seed: int, *shape: int) -> np.ndarray:
@@ -55,8 +61,7 @@ def test_sampled_times_differ_by_row_and_key_and_stay_in_their_interval():
     """With a view at twice the mean the residual is a unit vector, and the loss 1/(2 t (1 - t)) tells the time."""
     same = np.tile(unit(0, 1, 5), (500, 1))
     draws = [
-        np.asarray(brownian_bridge(same, same, 2 * same, time="sampled", key=jax.random.key(i), reduction="none"))
-        for i in range(2)
+        np.asarray(sampled_bridge(same, same, 2 * same, key=jax.random.key(i), reduction="none")) for i in range(2)
     ]
     assert not np.any(draws[0] == draws[1])
     from_middle = np.sqrt(0.25 - 1 / (2 * draws[0]))

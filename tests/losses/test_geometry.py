@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from repkit.losses import geometric_consistency
+from repkit import losses
+
+geometric_consistency = jax.jit(losses.geometric_consistency)
 
 
 def embeds(seed: int, rows: int = 9, dim: int = 4) -> np.ndarray:

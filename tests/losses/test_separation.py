@@ -1,10 +1,14 @@
 """Feature separation: each part alone, in closed form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repkit.losses import feature_separation, info_nce
+from repkit import losses
+
+feature_separation = jax.jit(losses.feature_separation, static_argnames="reduction")
+info_nce = jax.jit(losses.info_nce, static_argnames="direction")
 
 
 def parts(**weights):
