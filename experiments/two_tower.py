@@ -19,7 +19,7 @@ from repkit.data.augment import Augmentation
 from repkit.data.images import load_image
 from repkit.data.pipeline import Batches, caption_table, make_batches
 from repkit.data.scenes import zero_shot_prompts
-from repkit.data.sources import Source, all_captions, digit_scenes_source, jsonl_source, tfds_source
+from repkit.data.sources import Source, TfdsSource, all_captions, digit_scenes_source, jsonl_source, tfds_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from repkit.evaluate.embed import embed, token_batches
 from repkit.evaluate.linear_probe import evaluate_few_shot, evaluate_linear_probe
@@ -170,7 +170,7 @@ def build(config: Config, directory: Path) -> Experiment:
     def evaluate(params: Any) -> list[Result]:
         train_rows, validation_rows, test_rows = (embedded(params, source) for source in (train, validation, test))
         metrics = {"retrieval": retrieval(params, test, test_rows)}
-        if prompts := _prompts(config.data):
+        if prompts := _prompts(config.data, test):
             classes = class_embeddings(functools.partial(encode, params), prompts)
             metrics["zero_shot"] = evaluate_zero_shot(test_rows["image_embeds"], test_rows["label"], classes)
         if train.has_labels:
@@ -312,9 +312,13 @@ def _retrieval(
     )
 
 
-def _prompts(data: DataConfig) -> dict[str, list[str]]:
-    """Zero-shot prompts by class, where the data set comes with some."""
-    return zero_shot_prompts() if (data.source, data.name) == ("digit_scenes", "single") else {}
+def _prompts(data: DataConfig, source: Source) -> dict[str, list[str]]:
+    """Zero-shot prompts by class: those of the digit scenes, or the class names that served as captions."""
+    if (data.source, data.name) == ("digit_scenes", "single"):
+        return zero_shot_prompts()
+    if isinstance(source, TfdsSource) and data.caption_key is None:
+        return {name: [name] for name in source.class_names or ()}
+    return {}
 
 
 def _data_name(data: DataConfig) -> str:

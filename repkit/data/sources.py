@@ -120,7 +120,10 @@ def tfds_source(
 
 
 class TfdsSource:
-    """A split of a prepared TFDS data set; made by `tfds_source`."""
+    """A split of a prepared TFDS data set; made by `tfds_source`.
+
+    `class_names` are the names of the labels, in their order, where the data set has them.
+    """
 
     def __init__(self, builder: Any, split: str, *, image_key: str, caption_key: str | None, label_key: str | None):
         import tensorflow_datasets as tfds
@@ -144,8 +147,9 @@ class TfdsSource:
         keep = builder.info.dataset_size <= MOST_KEPT_BYTES
         self._read = functools.cache(self._examples.__getitem__) if keep else self._examples.__getitem__
         self._image_key, self._caption_key, self._label_key = image_key, caption_key, label_key
-        self._class_names = getattr(builder.info.features[label_key], "names", None) if caption_key is None else None
-        if caption_key is None and self._class_names is None:
+        label = None if label_key is None else builder.info.features[label_key]
+        self.class_names: list[str] | None = getattr(label, "names", None)
+        if caption_key is None and self.class_names is None:
             raise InputError(f"{self._name}: feature '{label_key}' has no class names; give caption_key")
         self.has_labels = label_key is not None
 
@@ -170,8 +174,9 @@ class TfdsSource:
         return self._captions_of(self._read(index))
 
     def _captions_of(self, example: Any) -> list[str]:
-        if self._class_names is not None:
-            return [self._class_names[int(example[self._label_key])]]
+        if self._caption_key is None:
+            assert self.class_names is not None  # refused when the source was made
+            return [self.class_names[int(example[self._label_key])]]
         value = example[self._caption_key]
         # TFDS gives texts as bytes, and its test doubles as str.
         texts = [value] if isinstance(value, bytes | str) else value

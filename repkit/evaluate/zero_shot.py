@@ -1,6 +1,7 @@
 """Zero-shot classification: an image gets the class whose prompts it is closest to."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from repkit.numerics import normalize
 
 def class_embeddings(
     encode_texts: Callable[[list[str]], Float[Array, "n d"] | Float[np.ndarray, "n d"]],
-    prompts: Mapping[Hashable, Sequence[str]],
+    prompts: Mapping[Any, Sequence[str]],
 ) -> Float[np.ndarray, "c d"]:
     """One embedding per class from an ensemble of prompts.
 
