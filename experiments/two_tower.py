@@ -56,7 +56,7 @@ class DataConfig:
         label_key: feature of the class label; none if there is none.
         tokenizer: tokenizer file; none to train one on the training captions.
         vocabulary_size: tokens of a tokenizer that is trained here.
-        max_length: tokens of a caption that are kept.
+        max_length: tokens of a caption that are kept; none for those of the longest training caption, 77 at most.
         image_size: height and width that images are brought to.
         max_corrupt_share: share of examples that may be unreadable before training stops.
     """
@@ -72,7 +72,7 @@ class DataConfig:
     label_key: str | None = None
     tokenizer: str | None = None
     vocabulary_size: int = 512
-    max_length: int = 12
+    max_length: int | None = None
     image_size: int = 16
     max_corrupt_share: float = 0.01
 
@@ -140,7 +140,8 @@ def build(config: Config, directory: Path) -> Experiment:
     """Assembles the run; reads the tokenizer from the run directory where an earlier call left it."""
     train, validation, test = (_open(config.data, name) for name in ("train", "validation", "test"))
     tokenizer = _tokenizer(config.data, train, directory)
-    model = two_tower(_model_config(config, tokenizer))
+    max_length = config.data.max_length or _longest(all_captions(train), tokenizer)
+    model = two_tower(_model_config(config, tokenizer, max_length))
 
     def batches(source: Source, *, training: bool) -> Batches:
         return make_batches(
@@ -148,7 +149,7 @@ def build(config: Config, directory: Path) -> Experiment:
             tokenizer=tokenizer,
             batch_size=config.train.batch_size if training else EVALUATION_BATCH,
             image_size=config.data.image_size,
-            max_length=config.data.max_length,
+            max_length=max_length,
             shuffle=training,
             repeat=training,
             seed=config.train.seed,
@@ -163,8 +164,8 @@ def build(config: Config, directory: Path) -> Experiment:
         with batches(source, training=False) as rows:
             return embed(model.forward, params, rows)
 
-    encode = functools.partial(_encode_texts, model, tokenizer, config.data.max_length)
-    retrieval = functools.partial(_retrieval, model, tokenizer, config.data.max_length)
+    encode = functools.partial(_encode_texts, model, tokenizer, max_length)
+    retrieval = functools.partial(_retrieval, model, tokenizer, max_length)
 
     def validate(params: Any) -> dict[str, float]:
         metrics = retrieval(params, validation, embedded(params, validation))
@@ -226,7 +227,13 @@ def _tokenizer(data: DataConfig, train: Source, directory: Path) -> Tokenizer:
     return train_tokenizer([*all_captions(train), *synonyms], vocab_size=data.vocabulary_size)
 
 
-def _model_config(config: Config, tokenizer: Tokenizer) -> TwoTowerConfig:
+def _longest(captions: list[str], tokenizer: Tokenizer) -> int:
+    """Tokens of the longest caption, begin and end included, up to CLIP's 77."""
+    _, token_mask = tokenizer.encode(captions, 77)
+    return int(token_mask.sum(axis=1).max())
+
+
+def _model_config(config: Config, tokenizer: Tokenizer, max_length: int) -> TwoTowerConfig:
     model = config.model
     shared = {
         "width": model.width,
@@ -238,7 +245,7 @@ def _model_config(config: Config, tokenizer: Tokenizer) -> TwoTowerConfig:
     }
     return TwoTowerConfig(
         image=VisionConfig(image_size=config.data.image_size, patch_size=model.patch_size, **shared),
-        text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=config.data.max_length, **shared),
+        text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=max_length, **shared),
         embed_dim=model.embed_dim,
         independent="feature_separation" in config.regularizers,
     )
