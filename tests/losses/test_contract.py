@@ -49,6 +49,10 @@ class Case:
     mistakes: tuple[tuple[dict[str, Any], str], ...] = ()
 
 
+# These programs run a few times on tiny arrays: compiling is all they cost.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def make_key() -> jax.Array:
     return jax.random.key(7)
 
@@ -270,7 +274,7 @@ def compiled(name: str) -> Callable[..., Any]:
     def mean(inputs: dict[str, Any], rows: dict[str, Any], where: Any, weights: Any) -> Any:
         return call(CASES[name], inputs, rows, where=where, weights=weights)
 
-    return jax.jit(jax.value_and_grad(mean, has_aux=True))
+    return jit(jax.value_and_grad(mean, has_aux=True))
 
 
 def value_and_gradient(name: str, inputs: dict[str, Any], where: Any, weights: Any) -> Any:
@@ -425,7 +429,7 @@ def test_reductions_agree_with_the_rows(name):
         options = {"where": jnp.asarray(where), "weights": jnp.asarray(weights)}
         return [call(case, inputs, **options, reduction=reduction)[0] for reduction in ("mean", "sum", "none")]
 
-    mean, total, rows = jax.device_get(jax.jit(evaluate)(inputs))
+    mean, total, rows = jax.device_get(jit(evaluate)(inputs))
     np.testing.assert_allclose(rows, reference_rows(case, inputs, inputs, where, weights), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(total, np.sum(weights * rows), rtol=1e-12)
     np.testing.assert_allclose(mean, np.sum(weights * rows) / np.sum(weights[where]), rtol=1e-12)
@@ -459,7 +463,7 @@ def test_masking_is_removing(name):
     inputs = make_inputs(case)
     kept = {each: value[where] if each in case.arrays else value for each, value in inputs.items()}
     rows = {each: value[where] for each, value in case.rows.items()}
-    removed = jax.jit(lambda: call(case, kept, rows, weights=jnp.asarray(weights[where]))[0])()
+    removed = jit(lambda: call(case, kept, rows, weights=jnp.asarray(weights[where]))[0])()
     np.testing.assert_allclose(value_and_gradient(name, inputs, where, weights)[0], removed, rtol=1e-12)
 
 
@@ -539,7 +543,7 @@ def test_vmap_is_a_loop(name):
     def mean(inputs: dict[str, Any]) -> Any:
         return call(case, inputs, where=jnp.asarray(where), weights=jnp.asarray(weights))[0]
 
-    values, gradients = jax.device_get(jax.jit(jax.vmap(jax.value_and_grad(mean)))(stacked))
+    values, gradients = jax.device_get(jit(jax.vmap(jax.value_and_grad(mean)))(stacked))
     for i, batch in enumerate(batches):
         value, gradient = value_and_gradient(_case_name(case), batch, where, weights)
         np.testing.assert_allclose(values[i], value, rtol=1e-12)
@@ -569,7 +573,7 @@ def _placements(case: Case) -> dict[str, Callable[..., Any]]:
             return call(case, inputs, rows, where=where, weights=weights, axis_name=AXIS)
 
         mapped = jax.shard_map(mean, mesh=mesh, in_specs=(specs, P(AXIS), P(AXIS), P(AXIS)), out_specs=(P(), P()))
-        return jax.jit(jax.grad(mapped, has_aux=True))(inputs, rows, where, weights)
+        return jit(jax.grad(mapped, has_aux=True))(inputs, rows, where, weights)
 
     return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map}
 
