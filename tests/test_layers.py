@@ -93,9 +93,9 @@ def test_device_mapping_stays_in_its_rooms():
             "repkit.losses",
             ["flax", "optax", "orbax", "grain", "tensorflow_datasets", "tensorflow", "matplotlib", "sklearn"],
         ),
-        ("repkit.cli", ["jax", "flax", "grain", "tensorflow_datasets", "matplotlib"]),
+        ("repkit.cli", ["flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib"]),
         ("repkit.data", ["tensorflow", "flax", "optax"]),
-        ("repkit.models", ["optax", "grain", "tensorflow_datasets"]),
+        ("repkit.models", ["orbax", "grain", "tensorflow_datasets"]),
         ("repkit.train.loop", ["flax", "grain", "tensorflow_datasets", "matplotlib", "tensorflow"]),
     ],
 )
