@@ -247,7 +247,7 @@ def fresh_partitions(pair, where=None):
     sides = []
     for anchors, candidates in (pair, pair[::-1]):
         rows = [i for i in range(B) if where is None or where[i]]
-        sums = reference._gamma_sums(anchors.astype(np.float64), candidates, SCALE, rows, None, N, 1.0)
+        sums = reference.gamma_sums(anchors.astype(np.float64), candidates, SCALE, rows, None, N, 1.0)
         sides.append({i: each[1] + each[2] for i, each in sums.items()})
     return sides
 

@@ -34,7 +34,7 @@ def info_nce(image_embeds, text_embeds, *, logit_scale, labels=None, direction="
     }[direction]
 
 
-def _gamma_sums(anchors, candidates, scale, rows, labels, dataset_size, positive_weight):
+def gamma_sums(anchors, candidates, scale, rows, labels, dataset_size, positive_weight):
     """Of each row that has negatives: the mean positive score, the positives' sum, the negatives' sum scaled by M/m."""
     sums = {}
     for i in rows:
@@ -88,8 +88,8 @@ def gamma_contrastive(
             pair.reverse()
             held_pair.reverse()
         options = (rows, labels, dataset_size, positive_weight)
-        now = _gamma_sums(*pair, logit_scale, *options)
-        then = _gamma_sums(*held_pair, held["logit_scale"], *options)
+        now = gamma_sums(*pair, logit_scale, *options)
+        then = gamma_sums(*held_pair, held["logit_scale"], *options)
         partition = {i: sums[1] + sums[2] for i, sums in then.items()}
         if memory is not None:
             partition = gamma_memory(memory, side, partition, example_id, memory_rate)[0]
