@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from repkit.checks import InputError
 
@@ -18,6 +18,9 @@ EXIT_INPUT = 2
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and name the nearest valid option."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")

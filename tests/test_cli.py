@@ -125,7 +125,7 @@ def test_help_and_settings_are_printed(capsys):
 def test_doctor_finds_every_device_well(capsys):
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    assert output.count("ok") == len(jax.devices()) + 1
+    assert len(re.findall(r"^step on .* ok$", output, re.MULTILINE)) == len(jax.devices()) + 1
     assert "MISSING" not in output
 
 
@@ -143,7 +143,9 @@ def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
     assert main(["plot", str(run)]) == 0
     figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(figures) == 4
-    assert all(Image.open(figure).size[0] > 300 for figure in figures)
+    for figure in figures:
+        with Image.open(figure) as image:
+            assert image.size[0] > 300
 
     config = (run / "config.json").read_bytes()
     assert "already holds this run; add --resume" in _refusal(capsys, arguments)
@@ -182,14 +184,14 @@ def test_a_killed_run_resumes_to_the_very_same_parameters(tmp_path, extra):
         return _command("train", RECIPE, "--run", str(tmp_path / name), *settings, *more)
 
     subprocess.run(train("whole"), check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(train("killed"), env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 13/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 75
+    with subprocess.Popen(train("killed"), env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 13/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 75
     assert re.search(r"SIGTERM at step \d+; saved, --resume continues", rest)
     stopped = CheckpointReader(tmp_path / "killed" / "checkpoints").latest_step()
     assert stopped is not None
