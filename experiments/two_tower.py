@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from repkit import losses, plots
-from repkit.data.augment import Augmentation
+from repkit.checks import InputError
+from repkit.data.augment import Augmentation, TextAugmentation
 from repkit.data.images import load_image
 from repkit.data.pipeline import Batches, caption_table, make_batches
-from repkit.data.scenes import zero_shot_prompts
+from repkit.data.scenes import IMAGE_SIZES, zero_shot_prompts
 from repkit.data.sources import Source, TfdsSource, all_captions, digit_scenes_source, jsonl_source, tfds_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from repkit.evaluate.embed import embed, token_batches
@@ -57,7 +58,7 @@ class DataConfig:
         tokenizer: tokenizer file; none to train one on the training captions.
         vocabulary_size: tokens of a tokenizer that is trained here.
         max_length: tokens of a caption that are kept; none for those of the longest training caption, 77 at most.
-        image_size: height and width that images are brought to.
+        image_size: height and width that images are brought to; none for the size of the digit scenes.
         max_corrupt_share: share of examples that may be unreadable before training stops.
     """
 
@@ -73,7 +74,7 @@ class DataConfig:
     tokenizer: str | None = None
     vocabulary_size: int = 512
     max_length: int | None = None
-    image_size: int = 16
+    image_size: int | None = None
     max_corrupt_share: float = 0.01
 
 
@@ -140,20 +141,23 @@ def build(config: Config, directory: Path) -> Experiment:
     """Assembles the run; reads the tokenizer from the run directory where an earlier call left it."""
     train, validation, test = (_open(config.data, name) for name in ("train", "validation", "test"))
     tokenizer = _tokenizer(config.data, train, directory)
-    max_length = config.data.max_length or _longest(all_captions(train), tokenizer)
-    model = two_tower(_model_config(config, tokenizer, max_length))
+    max_length = config.data.max_length
+    if max_length is None:
+        max_length = _longest(all_captions(train), tokenizer)
+    image_size = _image_size(config.data)
+    model = two_tower(_model_config(config, tokenizer, max_length, image_size))
 
     def batches(source: Source, *, training: bool) -> Batches:
         return make_batches(
             source,
             tokenizer=tokenizer,
             batch_size=config.train.batch_size if training else EVALUATION_BATCH,
-            image_size=config.data.image_size,
+            image_size=image_size,
             max_length=max_length,
             shuffle=training,
             repeat=training,
             seed=config.train.seed,
-            augmentation=Augmentation() if training and config.regularizers else None,
+            augmentation=_augmentation(config.data) if training and config.regularizers else None,
             max_corrupt_share=config.data.max_corrupt_share,
             # Every process evaluates all examples, on its own.
             process_index=None if training else 0,
@@ -174,14 +178,16 @@ def build(config: Config, directory: Path) -> Experiment:
     def evaluate(params: Any) -> list[Result]:
         train_rows, validation_rows, test_rows = (embedded(params, source) for source in (train, validation, test))
         metrics = {"retrieval": retrieval(params, test, test_rows)}
-        if prompts := _prompts(config.data, test):
+        if test.has_labels and (prompts := _prompts(config.data, test)):
             metrics["zero_shot"] = _zero_shot(
                 test_rows, prompt_embeddings(functools.partial(encode, params), prompts), _logit_scale(model, params)
             )
-        if train.has_labels:
+        if all(source.has_labels for source in (train, validation, test)):
             probes = [(rows["image_embeds"], rows["label"]) for rows in (train_rows, validation_rows, test_rows)]
             metrics["linear_probe"] = evaluate_linear_probe(*probes)
-            metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed)
+            smallest = np.unique(train_rows["label"], return_counts=True)[1].min()
+            shots = [k for k in (1, 2, 4, 8, 16) if k <= smallest]
+            metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed, shots=shots)
         name = " + ".join(["two_tower", config.loss, *config.regularizers])
         data = f"{_data_name(config.data)} {config.data.test}"
         return [Result(name, data, task, values) for task, values in metrics.items()]
@@ -194,7 +200,7 @@ def build(config: Config, directory: Path) -> Experiment:
         validate=validate,
         best_metric="validation/text_to_image/R@1",
         evaluate=evaluate,
-        figures=lambda params, folder: _figures(embedded(params, test), test, config.data.image_size, folder),
+        figures=lambda params, folder: _figures(embedded(params, test), test, image_size, folder),
         save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
     )
 
@@ -217,13 +223,26 @@ def _open(data: DataConfig, which: Literal["train", "validation", "test"]) -> So
             return jsonl_source(split)
 
 
+def _augmentation(data: DataConfig) -> Augmentation:
+    """The synonyms are those of the digit scenes; other captions keep their words."""
+    return Augmentation() if data.source == "digit_scenes" else Augmentation(text=TextAugmentation(synonyms={}))
+
+
+def _image_size(data: DataConfig) -> int:
+    if data.image_size is not None:
+        return data.image_size
+    if data.source == "digit_scenes":
+        return IMAGE_SIZES[data.name]
+    raise InputError(f"data.source={data.source} needs data.image_size, a multiple of model.patch_size")
+
+
 def _tokenizer(data: DataConfig, train: Source, directory: Path) -> Tokenizer:
     if (directory / TOKENIZER_FILE).exists():
         return load_tokenizer(directory / TOKENIZER_FILE)
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     # Augmented captions use the synonyms, whether or not a caption does.
-    synonyms = [word for words in Augmentation().text.synonyms.values() for word in words]
+    synonyms = [word for words in _augmentation(data).text.synonyms.values() for word in words]
     return train_tokenizer([*all_captions(train), *synonyms], vocab_size=data.vocabulary_size)
 
 
@@ -233,7 +252,7 @@ def _longest(captions: list[str], tokenizer: Tokenizer) -> int:
     return int(token_mask.sum(axis=1).max())
 
 
-def _model_config(config: Config, tokenizer: Tokenizer, max_length: int) -> TwoTowerConfig:
+def _model_config(config: Config, tokenizer: Tokenizer, max_length: int, image_size: int) -> TwoTowerConfig:
     model = config.model
     shared = {
         "width": model.width,
@@ -244,7 +263,7 @@ def _model_config(config: Config, tokenizer: Tokenizer, max_length: int) -> TwoT
         "remat": model.remat,
     }
     return TwoTowerConfig(
-        image=VisionConfig(image_size=config.data.image_size, patch_size=model.patch_size, **shared),
+        image=VisionConfig(image_size=image_size, patch_size=model.patch_size, **shared),
         text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=max_length, **shared),
         embed_dim=model.embed_dim,
         independent="feature_separation" in config.regularizers,
@@ -293,7 +312,7 @@ def _regularizer_term(name: Regularizer, weight: float | None) -> Term:
             return Term(
                 losses.feature_separation,
                 PAIR + independent,
-                keywords=SCALE,
+                keywords=SCALE | LABELS,
                 weight=1.0 if weight is None else weight,
             )
         case "brownian_bridge":

@@ -44,7 +44,11 @@ def _pairs(folder: Path, count: int = 16) -> str:
 
 
 def _from_jsonl(path: str) -> list[str]:
-    settings = ["data.source=jsonl", *(f"data.{split}={path}" for split in ("train", "validation", "test"))]
+    settings = [
+        "data.source=jsonl",
+        "data.image_size=16",
+        *(f"data.{split}={path}" for split in ("train", "validation", "test")),
+    ]
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -70,6 +74,11 @@ def _refusal(capsys, arguments: list[str]) -> str:
         (["--set", "model.heads=3"], "width must be a multiple of heads"),
         (["--set", "data.name=singel"], "did you mean 'single'?"),
         (["--smoke", "--set", "train.batch_size=33"], "cannot be split over 8 devices; choose a multiple of 8"),
+        (["--set", "train.clip_norm=-1"], "train.clip_norm must be positive"),
+        (["--set", "train.weight_decay=nan"], "train.weight_decay takes a number, got 'nan'"),
+        (["--set", "train.keep_best=-1"], "train.keep_best must be at least 0"),
+        (["--smoke", "--set", "gamma.memory_rate=2"], "memory_rate"),
+        (["--smoke", "--set", "data.max_length=0"], "max_length"),
         (["--smoke", "--set", "train.mesh=data=3"], "do not multiply to the 8 devices"),
     ],
 )

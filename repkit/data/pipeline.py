@@ -334,7 +334,10 @@ class _BatchReader:
         return example
 
     def _read_example(self, index: int) -> _Example:
-        record = self._source[index]
+        try:
+            record = self._source[index]
+        except CorruptExampleError as error:
+            return _Example(None, self._source.captions(index), 0, str(error))
         captions, label = record["captions"], record.get("label", 0)
         try:
             if not captions:

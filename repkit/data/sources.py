@@ -201,7 +201,8 @@ class JsonlSource:
         try:
             encoded = (self._root / line.image).read_bytes()
         except OSError as error:
-            raise InputError(f"{origin}: cannot read image {line.image!r}: {error.strerror}") from error
+            # It was there when the source was opened.
+            raise CorruptExampleError(f"{origin}: cannot read image {line.image!r}: {error.strerror}") from error
         record = Record(
             image=encoded, captions=list(line.captions), example_id=index, origin=f"{origin} ({line.image})"
         )
@@ -217,7 +218,7 @@ def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[
     """Image-caption pairs from a JSONL file, one object a line: {"image": path, "caption": text or [text, ...]}.
 
     An optional "label" is an integer class, on all lines or on none; other keys are ignored. The whole file is checked
-    at once, and its first image is opened; the other images are read when their turn comes.
+    at once: every image must be there, and the first one is opened; the others are read when their turn comes.
 
     Args:
         path: the file, UTF-8. Empty lines are skipped.
@@ -243,6 +244,9 @@ def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[
     unlike = next((line for line in lines if (line.label is None) != (lines[0].label is None)), None)
     if unlike is not None:
         raise InputError(f"{path}:{unlike.number}: expected a label on all lines or on none")
+    absent = next((line for line in lines if not (root / line.image).is_file()), None)
+    if absent is not None:
+        raise InputError(f"{path}:{absent.number}: cannot read image {absent.image!r}: No such file")
     source = JsonlSource(path, root, lines)
     first = source[0]
     try:

@@ -205,7 +205,7 @@ def test_accumulation_of_pair_losses_passes_the_memory_on_and_agrees_over_placem
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
     update = make_update(_linear, REGRESSION, SGD, accumulate=3)
-    with pytest.raises(InputError, match="8 rows a device cannot be accumulated in 3"):
+    with pytest.raises(InputError, match="8 rows cannot be accumulated in 3"):
         update(_regression_state(SGD), _regression_batch([True] * 8))
 
 
