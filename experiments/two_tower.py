@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from repkit import losses, plots
 from repkit.checks import InputError
@@ -39,6 +40,11 @@ Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consis
 TOKENIZER_FILE = "tokenizer.json"
 EVALUATION_BATCH = 256
 FIGURE_EXAMPLES = 512
+# With a `tensor` axis in the mesh, what a token is multiplied with is split over it: first by columns, then by rows.
+TENSOR_RULES = (
+    (r"(mlp/up|attention/(query|key|value))/kernel", PartitionSpec(None, "tensor")),
+    (r"(mlp/down|attention/output)/kernel", PartitionSpec("tensor")),
+)
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,7 @@ def build(config: Config, directory: Path) -> Experiment:
         evaluate=evaluate,
         figures=lambda params, folder: _figures(embedded(params, test), test, image_size, folder),
         save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
+        sharding_rules=TENSOR_RULES if "tensor" in config.train.mesh else (),
     )
 
 

@@ -138,6 +138,15 @@ def test_doctor_finds_every_device_well(capsys):
     assert "MISSING" not in output
 
 
+def test_training_on_a_mesh_with_a_tensor_axis(tmp_path):
+    data = _from_jsonl(_pairs(tmp_path))
+    assert (
+        main(["train", RECIPE, "--run", str(tmp_path / "run"), *TINY, *data, "--set", "train.mesh=data=4,tensor=2"])
+        == 0
+    )
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").steps() == [4]
+
+
 def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
     run = tmp_path / "run"
     data = _from_jsonl(_pairs(tmp_path))
