@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from repkit.numerics import Scalar, mask_rows, masked_logsumexp, row_indices, row_mask, rows_over
+from repkit.numerics import AxisName, Scalar, mask_rows, masked_logsumexp, row_indices, row_mask, rows_over
 
 
 def same_precision(*arrays: Float[Array, "..."], where: Bool[Array, " b"] | None) -> list[Float[Array, "..."]]:
@@ -15,7 +15,7 @@ def same_precision(*arrays: Float[Array, "..."], where: Bool[Array, " b"] | None
 
 
 def pair_masks(
-    labels: Int[Array, " b"] | None, where: Bool[Array, " b"] | None, *, rows: int, axis_name: str | None
+    labels: Int[Array, " b"] | None, where: Bool[Array, " b"] | None, *, rows: int, axis_name: AxisName | None
 ) -> tuple[Bool[Array, "b B"], Bool[Array, "b B"]]:
     """Which of all rows are positives of this device's rows, and which are negatives; masked rows are neither.
 
@@ -29,7 +29,7 @@ def pair_masks(
 
 
 def pair_products(
-    anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], *, axis_name: str | None
+    anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], *, axis_name: AxisName | None
 ) -> Float[Array, "b B"]:
     """`<anchor_i, candidate_j>` of this device's anchors with the candidates of all devices, in full precision."""
     return jnp.matmul(anchors, rows_over(candidates, axis_name).T, precision=jax.lax.Precision.HIGHEST)

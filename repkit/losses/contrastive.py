@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays, require_choice
 from repkit.losses._pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
-from repkit.numerics import Reduction, Scalar, reduce_loss
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss
 
 Direction: TypeAlias = Literal["symmetric", "image_to_text", "text_to_image"]
 
@@ -20,7 +20,7 @@ def info_nce(
     direction: Direction = "symmetric",
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Softmax cross-entropy of each row against all rows of the other modality (InfoNCE; CLIP's loss).

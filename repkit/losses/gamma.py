@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
 from repkit.losses._pairs import pair_masks, pair_products, same_precision
 from repkit.numerics import (
+    AxisName,
     Reduction,
     Scalar,
     WeightedMean,
@@ -112,7 +113,7 @@ def gamma_contrastive(
     key: PRNGKeyArray | None = None,
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Float[Array, ""] | Float[Array, " b"], LogPartitionMemory | None]:
     """Contrastive loss whose mini-batch gradient estimates that of the whole data set, by EM with gamma variables.
@@ -297,7 +298,7 @@ def _recall(
     usable: Bool[Array, " b"],
     fresh: Float[Array, "2 b"],
     memory_rate: Scalar | None,
-    axis_name: str | None,
+    axis_name: AxisName | None,
 ) -> _Recalled:
     if example_id is None or memory_rate is None:
         missing = "example_id" if example_id is None else "memory_rate"
