@@ -5,6 +5,7 @@
 | one space for pairs of two modalities, with large batches | `info_nce` |
 | the same with small batches: a gradient that does not depend on the batch size | `gamma_contrastive` |
 | beside it, room for what only one modality knows | `feature_separation` |
+| beside it, features that spread over the whole sphere | `uniformity` |
 | beside it, augmented views on a path between the two modalities | `brownian_bridge`, `brownian_bridge_path` |
 | beside it, the same arrangement of the batch in both modalities | `geometric_consistency` |
 
@@ -19,6 +20,7 @@ from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import LogPartitionMemory, gamma_contrastive, init_memory, sample_rates
 from repkit.losses.geometry import geometric_consistency
 from repkit.losses.separation import feature_separation
+from repkit.losses.uniformity import uniformity
 
 __all__ = [
     "Blocks",
@@ -32,4 +34,5 @@ __all__ = [
     "info_nce",
     "init_memory",
     "sample_rates",
+    "uniformity",
 ]

@@ -47,11 +47,15 @@ class RowBlocks(NamedTuple):
             return jax.lax.dynamic_update_index_in_dim(split, block, i, axis=1).reshape(x.shape)
         return jax.lax.dynamic_update_slice_in_dim(x, block, self._start(i), axis=0)
 
+    def places(self, i: Int[Array, ""]) -> Int[Array, " r"]:
+        """Where the rows of block i lie in the array."""
+        return i + self.blocks * jnp.arange(self.rows) if self.is_even else self._start(i) + jnp.arange(self.rows)
+
     def is_new(self, i: Int[Array, ""]) -> Bool[Array, " r"]:
         """Which rows of block i are in no earlier block."""
         if self.is_even:
             return jnp.ones(self.rows, bool)
-        return self._start(i) + jnp.arange(self.rows) >= i * self.rows
+        return self.places(i) >= i * self.rows
 
     def _start(self, i: Int[Array, ""]) -> Int[Array, ""]:
         return jnp.minimum(i * self.rows, self.total - self.rows)
