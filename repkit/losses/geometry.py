@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from repkit.checks import InputError, require_arrays
-from repkit.losses._pairs import pair_products, same_precision
+from repkit.losses._old_pairs import pair_products, same_precision
 from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, row_mask, rows_over
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays
-from repkit.losses._pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
+from repkit.losses._old_pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
 from repkit.numerics import AxisName, Reduction, Scalar, WeightedMean, reduce_loss, row_mask, rows_over
 
 
