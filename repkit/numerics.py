@@ -49,6 +49,13 @@ def mask_rows(x: Float[Array, " b *shape"], where: Bool[Array, " b"] | None) -> 
     return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
 
+def same_precision(*arrays: Float[Array, " b *shape"], where: Bool[Array, " b"] | None) -> list[Float[Array, "..."]]:
+    """The arrays in their common precision, at least float32, with the masked rows set to 0."""
+    given = [jnp.asarray(array) for array in arrays]
+    dtype = jnp.promote_types(jnp.result_type(*given), jnp.float32)
+    return [mask_rows(array.astype(dtype), where) for array in given]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Norms
 
@@ -115,6 +122,16 @@ def log_interpolate(
 def sum_over(x: Shaped[Array, "*shape"], axis_name: AxisName | None) -> Shaped[Array, "*shape"]:
     """The sum of `x` over the devices of the axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def largest_over(x: Shaped[Array, "*shape"], axis_name: AxisName | None) -> Shaped[Array, "*shape"]:
+    """The largest `x` of all devices."""
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
+
+
+def all_over(x: Bool[Array, "*shape"], axis_name: AxisName | None) -> Bool[Array, "*shape"]:
+    """Whether `x` holds on all devices."""
+    return x if axis_name is None else jax.lax.pmin(x.astype(jnp.int32), axis_name) > 0
 
 
 def varying(x: Shaped[Array, "*shape"], axis_name: AxisName | None) -> Shaped[Array, "*shape"]:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
-from repkit.losses._pairs import same_precision
-from repkit.numerics import AxisName, Reduction, local_rows, normalize, reduce_loss, row_count
+from repkit.numerics import AxisName, Reduction, local_rows, normalize, reduce_loss, row_count, same_precision
 
 SAMPLED_TIMES = (0.05, 0.95)
 """The interval of sampled times; the likelihood's weight 1/(2 t (1 - t)) has no finite mean over all of (0, 1)."""

@@ -19,7 +19,7 @@ from repkit.losses._grams import (
     row_terms,
     total_terms,
 )
-from repkit.losses._pairs import pair_products, same_precision
+from repkit.losses._pairs import pair_products
 from repkit.losses.form import Blocks, Form, require_form
 from repkit.numerics import (
     AxisName,
@@ -29,6 +29,8 @@ from repkit.numerics import (
     reduce_loss,
     row_count,
     row_mask,
+    rows_over,
+    same_precision,
     sum_over,
 )
 
@@ -177,15 +179,15 @@ def _losses_from_pairs(
 
 
 def _plain(x: Float[Array, "b d"], y: Float[Array, "b d"], axis_name: AxisName | None) -> tuple[Array, Array]:
-    products = functools.partial(pair_products, axis_name=axis_name)
-    return products(x, y) - products(y, x), products(x, x) - products(y, y)
+    all_x, all_y = rows_over(x, axis_name), rows_over(y, axis_name)
+    return pair_products(x, all_y) - pair_products(y, all_x), pair_products(x, all_x) - pair_products(y, all_y)
 
 
 def _stable(x: Float[Array, "b d"], y: Float[Array, "b d"], axis_name: AxisName | None) -> tuple[Array, Array]:
     """From one matrix product, and without cancellation where X and Y are close; see `_grams`."""
     u, w = x + y, x - y
-    forward = pair_products(w, u, axis_name=axis_name)
-    backward = forward.T if axis_name is None else pair_products(u, w, axis_name=axis_name)
+    forward = pair_products(w, rows_over(u, axis_name))
+    backward = forward.T if axis_name is None else pair_products(u, rows_over(w, axis_name))
     return (forward - backward) / 2, (forward + backward) / 2
 
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays
-from repkit.losses._pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
+from repkit.losses._pairs import embeddings, row_products
+from repkit.losses._partitions import pair_partitions, softmax_cross_entropy
 from repkit.losses.form import Blocks, Form
 from repkit.losses.uniformity import uniformity
 from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss
@@ -54,7 +55,7 @@ def feature_separation(
         uniformity_weight: factor of L_Uni.
         labels: [b]; rows with equal labels have the same text, and are positives of one another in T' -> T'^a. In
             V' -> V'^a only the row's own view is a positive: equal texts do not make equal images.
-        form: how L_Uni is computed; see `uniformity`.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
         where: [b]; False removes the row as anchor and as candidate.
         weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate.
         axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
@@ -94,7 +95,7 @@ def feature_separation(
             "weights": (weights, "float b"),
         },
     )
-    images, texts, own_images, own_texts, own_images_augmented, own_texts_augmented = same_precision(
+    images, texts, own_images, own_texts, own_images_augmented, own_texts_augmented = embeddings(
         image_embeds,
         text_embeds,
         image_independent,
@@ -103,30 +104,28 @@ def feature_separation(
         augmented_text_independent,
         where=where,
     )
-    rows, dtype = images.shape[0], images.dtype
-
-    orthogonality = jnp.square(jnp.sum(images * own_images, axis=-1)) + jnp.square(jnp.sum(texts * own_texts, axis=-1))
+    orthogonality = jnp.square(row_products(images, own_images)) + jnp.square(row_products(texts, own_texts))
 
     def cross_entropy(
         anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], labels: Int[Array, " b"] | None
     ) -> Float[Array, " b"]:
-        products = pair_products(anchors, candidates, axis_name=axis_name)
-        positives, negatives = pair_masks(labels, where, rows=rows, axis_name=axis_name)
-        return softmax_cross_entropy(products, logit_scale, positives, negatives)
+        of_anchors, _ = pair_partitions(
+            anchors, candidates, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+        )
+        return softmax_cross_entropy(of_anchors)
 
     contrast = cross_entropy(own_images, own_images_augmented, None) + cross_entropy(
         own_texts, own_texts_augmented, labels
     )
-
     uniform = uniformity(
         own_images, own_texts, form=form, where=where, weights=weights, axis_name=axis_name, reduction="none"
     )
-    losses = jnp.zeros(rows, dtype)
+    losses = jnp.zeros_like(orthogonality)
     for weight, part in (
         (orthogonality_weight, orthogonality),
         (contrastive_weight, contrast),
         (uniformity_weight, uniform),
     ):
         if not (isinstance(weight, int | float) and weight == 0):
-            losses += jnp.asarray(weight, dtype) * part
+            losses += jnp.asarray(weight, losses.dtype) * part
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays
-from repkit.losses._pairs import pair_products, same_precision
+from repkit.losses._pairs import pair_products
 from repkit.losses._row_blocks import RowBlocks
 from repkit.losses.form import Blocks, Form, require_form
 from repkit.numerics import (
@@ -21,6 +21,7 @@ from repkit.numerics import (
     row_indices,
     row_mask,
     rows_over,
+    same_precision,
     varying,
 )
 
@@ -97,8 +98,7 @@ def uniformity(
 
 def _kernel_sums(x: Float[Array, "b d"], valid: Bool[Array, " b"], axis_name: AxisName | None) -> Float[Array, " b"]:
     """`sum_k exp(-2 |x_j - x_k|^2)` over all valid rows k of all devices."""
-    squares = jnp.sum(jnp.square(x), axis=-1)
-    distances = squares[:, None] + rows_over(squares, axis_name)[None, :] - 2 * pair_products(x, x, axis_name=axis_name)
+    distances = _distances(x, rows_over(x, axis_name))
     places = row_indices(len(x), axis_name)
     kernel = _kernel(distances, places[:, None] == rows_over(places, axis_name)[None, :])
     return jnp.sum(jnp.where(rows_over(valid, axis_name)[None, :], kernel, 0.0), axis=-1)
@@ -243,5 +243,5 @@ def _add(
 
 
 def _distances(x: Float[Array, "r d"], y: Float[Array, "s d"]) -> Float[Array, "r s"]:
-    products = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(jnp.square(x), axis=-1)[:, None] + jnp.sum(jnp.square(y), axis=-1)[None, :] - 2 * products
+    squares = jnp.sum(jnp.square(x), axis=-1)[:, None] + jnp.sum(jnp.square(y), axis=-1)[None, :]
+    return squares - 2 * pair_products(x, y)
