@@ -1,6 +1,5 @@
 """Geometric consistency: both modalities, and their augmented views, arrange the batch alike."""
 
-import functools
 from collections.abc import Callable
 from typing import TypeAlias, get_args
 

@@ -1,12 +1,13 @@
 """Uniformity: how evenly features spread over the sphere, without a pair matrix in memory."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from repkit.checks import require_arrays
 from repkit.losses._pairs import pair_products
@@ -83,165 +84,170 @@ def uniformity(
     require_form("uniformity", form)
     images, texts = same_precision(image_embeds, text_embeds, where=where)
     valid = row_mask(where, images.shape[0])
-    shares = mask_rows(jnp.ones_like(images[:, 0]) if weights is None else weights.astype(images.dtype), where)
+    shares = None if weights is None else mask_rows(weights.astype(images.dtype), where)
+    sides = [_side(x, valid, shares, axis_name) for x in (images, texts)]
     if isinstance(form, Blocks):
-        inputs = (varying(each, axis_name) for each in (shares, valid))
-        anchors, candidates = inputs
-        totals = [_kernel_sum(form, axis_name, varying(x, axis_name), anchors, candidates) for x in (images, texts)]
+        totals = [_blocked_sum(form, axis_name, side) for side in sides]
     else:
-        totals = [jnp.sum(shares * _kernel_sums(x, valid, axis_name)) for x in (images, texts)]
-    kernel = WeightedMean(totals[0] + totals[1], jnp.sum(shares)).sum_over(axis_name)
+        totals = [_plain_sum(side, axis_name) for side in sides]
+    weight = jnp.sum(valid, dtype=images.dtype) if shares is None else jnp.sum(shares)
+    kernel = WeightedMean(totals[0] + totals[1], weight).sum_over(axis_name)
     value = jnp.log(jnp.where(kernel.weight == 0, 1.0, kernel.value()))
     rows = jnp.broadcast_to(value, valid.shape)
     return reduce_loss(rows, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
 
 
-def _kernel_sums(x: Float[Array, "b d"], valid: Bool[Array, " b"], axis_name: AxisName | None) -> Float[Array, " b"]:
-    """`sum_k exp(-2 |x_j - x_k|^2)` over all valid rows k of all devices."""
-    distances = _distances(x, rows_over(x, axis_name))
-    places = row_indices(len(x), axis_name)
-    kernel = _kernel(distances, places[:, None] == rows_over(places, axis_name)[None, :])
-    return jnp.sum(jnp.where(rows_over(valid, axis_name)[None, :], kernel, 0.0), axis=-1)
+class _Side(NamedTuple):
+    """Rows of one modality.
+
+    Attributes:
+        embeds: [b d].
+        place: where the row stands among the rows of all devices [b].
+        penalty: 0, or infinity for rows that take no part [b].
+        share: the row's weight as an anchor, 0 for rows that take no part [b]; None if all others have 1.
+    """
+
+    embeds: Float[Array, "b d"]
+    place: Int[Array, " b"]
+    penalty: Float[Array, " b"]
+    share: Float[Array, " b"] | None
 
 
-def _kernel(distances: Float[Array, "r s"], is_same: Bool[Array, "r s"]) -> Float[Array, "r s"]:
-    """`exp(-2 distance)` of squared distances; rounding may leave one below 0, and far below it for long vectors."""
-    return jnp.where(is_same, 1.0, jnp.exp(-2 * jnp.maximum(distances, 0.0)))
+def _side(
+    x: Float[Array, "b d"], valid: Bool[Array, " b"], share: Float[Array, " b"] | None, axis_name: AxisName | None
+) -> _Side:
+    penalty = jnp.where(valid, 0.0, jnp.inf).astype(x.dtype)
+    side = _Side(x, row_indices(len(x), axis_name), penalty, share)
+    return jax.tree.map(lambda x: varying(x, axis_name), side)
+
+
+def _kernel(rows: _Side, columns: _Side) -> Float[Array, "r c"]:
+    """`G = exp(-2 |x_j - x_k|^2)`; 0 where one of the two takes no part."""
+    squares = (2 * jnp.sum(jnp.square(side.embeds), axis=-1) for side in (rows, columns))
+    exponent = 4 * pair_products(rows.embeds, columns.embeds) - _outer(jnp.add, *squares)
+    # Rounding may leave a distance below 0, and far below it for long vectors; that of a row to itself is 0.
+    exponent = jnp.where(_outer(jnp.equal, rows.place, columns.place), 0.0, jnp.minimum(exponent, 0.0))
+    return jnp.exp(exponent - _outer(jnp.add, rows.penalty, columns.penalty))
+
+
+def _outer(operation: Callable[[Array, Array], Array], x: Shaped[Array, " r"], y: Shaped[Array, " c"]) -> Array:
+    return operation(x[:, None], y[None, :])
+
+
+def _plain_sum(side: _Side, axis_name: AxisName | None) -> Float[Array, ""]:
+    """`sum_jk share_j G_jk` over this device's rows j and all rows k."""
+    sums = jnp.sum(_kernel(side, jax.tree.map(lambda x: rows_over(x, axis_name), side)), axis=-1)
+    return jnp.sum(sums if side.share is None else side.share * sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In blocks. The only consumer of the sum is a logarithm after a sum over devices, so that all that the cotangent can do
-# to the gradient is scale it: the gradient is made in the forward walk, and every pair of this device's rows met once.
-
-
-class _Rows(NamedTuple):
-    """Rows, their shares as anchors, 0 where masked, and whether they are candidates."""
-
-    x: Float[Array, "b d"]
-    share: Float[Array, " b"]
-    valid: Bool[Array, " b"]
+# In blocks. The only consumer of the sum is a logarithm after a sum over devices, so that all that the cotangent does
+# to the gradient is scale it: the gradient is made in the forward walk, which meets every pair once.
 
 
 class _Walked(NamedTuple):
-    """Sums over the candidates k met so far, for each anchor j, with E_jk = (share_j valid_k + valid_j share_k) / 2 G_jk.
+    """Sums over the rows k met so far, for each row j, with E_jk = (share_j + share_k) / 2 G_jk.
 
     Attributes:
         attraction: sum_k E_jk x_k [b d].
         weight: sum_k E_jk [b].
-        kernel: sum_k valid_k G_jk [b].
+        kernel: sum_k G_jk [b]; None without shares: it is the weight.
     """
 
     attraction: Float[Array, "b d"]
     weight: Float[Array, " b"]
-    kernel: Float[Array, " b"]
+    kernel: Float[Array, " b"] | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel_sum(
-    form: Blocks,
-    axis_name: AxisName | None,
-    x: Float[Array, "b d"],
-    share: Float[Array, " b"],
-    valid: Bool[Array, " b"],
-) -> Float[Array, ""]:
-    """`sum_jk share_j valid_k G_jk` over this device's rows j and all rows k."""
-    return _kernel_sum_forward(form, axis_name, x, share, valid)[0]
+def _blocked_sum(form: Blocks, axis_name: AxisName | None, side: _Side) -> Array:
+    """As `_plain_sum`."""
+    return _blocked_sum_forward(form, axis_name, side)[0]
 
 
-def _kernel_sum_forward(
-    form: Blocks,
-    axis_name: AxisName | None,
-    x: Float[Array, "b d"],
-    share: Float[Array, " b"],
-    valid: Bool[Array, " b"],
-) -> tuple[Float[Array, ""], tuple[Float[Array, "b d"], Float[Array, " b"]]]:
-    rows = _Rows(x, share, valid)
-    blocks = RowBlocks.of(len(x), form.size or _BLOCK_ROWS)
-    walked = _walk_own(blocks, rows)
+def _blocked_sum_forward(
+    form: Blocks, axis_name: AxisName | None, side: _Side
+) -> tuple[Float[Array, ""], tuple[Float[Array, "b d"], Float[Array, " b"] | None]]:
+    blocks = RowBlocks.of(len(side.embeds), form.size or _BLOCK_ROWS)
+    walked = _walk_own(blocks, side)
     if axis_name is not None:
-        walked = _walk_others(blocks, rows, walked, form, axis_name)
-    gradient = 8 * (walked.attraction - walked.weight[:, None] * x)
-    return jnp.sum(share * walked.kernel), (gradient, walked.kernel)
+        walked = _walk_others(blocks, side, walked, form, axis_name)
+    gradient = 8 * (walked.attraction - walked.weight[:, None] * side.embeds)
+    if side.share is None or walked.kernel is None:
+        return jnp.sum(walked.weight), (gradient, None)
+    return jnp.sum(side.share * walked.kernel), (gradient, walked.kernel)
 
 
-def _kernel_sum_backward(
-    form: Blocks, axis_name: AxisName | None, residuals: tuple[Array, Array], slope: Float[Array, ""]
-) -> tuple[Array, Array, None]:
+def _blocked_sum_backward(
+    form: Blocks, axis_name: AxisName | None, residuals: tuple[Array, Array | None], slope: Float[Array, ""]
+) -> tuple[_Side]:
     gradient, kernel = residuals
-    return slope * gradient, slope * kernel, None
+    share = None if kernel is None else slope * kernel
+    return (_Side(slope * gradient, None, jnp.zeros_like(gradient[:, 0]), share),)
 
 
-_kernel_sum.defvjp(_kernel_sum_forward, _kernel_sum_backward)
+_blocked_sum.defvjp(_blocked_sum_forward, _blocked_sum_backward)
 
 
-def _walk_own(blocks: RowBlocks, rows: _Rows) -> _Walked:
+def _walk_own(blocks: RowBlocks, side: _Side) -> _Walked:
     """The pairs of this device's rows with each other: a pair of blocks serves its mirror image as well."""
     pairs = np.stack(np.triu_indices(blocks.blocks)).astype(np.int32)
 
     def add_pair(n: Int[Array, ""], walked: _Walked) -> _Walked:
         i, j = jnp.asarray(pairs)[:, n]
-        first, second = _block(blocks, rows, i), _block(blocks, rows, j)
-        places = blocks.places(i)[:, None] == blocks.places(j)[None, :]
-        # A block met with itself is its own mirror image: each of the two then counts half.
-        kernel = _kernel(_distances(first.x, second.x), places) * jnp.where(i == j, 0.5, 1.0).astype(rows.x.dtype)
-        walked = _add(blocks, walked, i, first, second, kernel)
-        return _add(blocks, walked, j, second, first, kernel.T)
+        rows, columns = _block(blocks, side, i), _block(blocks, side, j)
+        kernel = _kernel(rows, columns)
+        walked = _add(blocks, walked, i, _meet(kernel, rows, columns))
+        mirrored = _meet(kernel.T, columns, rows)
+        return _add(blocks, walked, j, jax.tree.map(lambda x: jnp.where(i == j, 0.0, x), mirrored))
 
-    empty = _Walked(*(jnp.zeros_like(each) for each in (rows.x, rows.share, rows.share)))
+    empty = _Walked(*(None if x is None else jnp.zeros_like(x) for x in (side.embeds, side.penalty, side.share)))
     return jax.lax.fori_loop(0, pairs.shape[1], add_pair, empty)
 
 
-def _walk_others(blocks: RowBlocks, rows: _Rows, walked: _Walked, form: Blocks, axis_name: AxisName) -> _Walked:
+def _walk_others(blocks: RowBlocks, side: _Side, walked: _Walked, form: Blocks, axis_name: AxisName) -> _Walked:
     """The pairs of this device's rows with those of all other devices."""
-    devices = jax.lax.axis_size(axis_name)
-    shift = [(device, (device + 1) % devices) for device in range(devices)]
-    gathered = jax.tree.map(lambda x: rows_over(x, axis_name), rows) if form.exchange == "gather" else rows
+    size, devices = len(side.embeds), jax.lax.axis_size(axis_name)
+    ring = [(device, (device + 1) % devices) for device in range(devices)]
+    everyone = jax.tree.map(lambda x: rows_over(x, axis_name), side) if form.exchange == "gather" else None
 
-    def add_device(step: Int[Array, ""], state: tuple[_Rows, _Walked]) -> tuple[_Rows, _Walked]:
+    def add_device(step: Int[Array, ""], state: tuple[_Side, _Walked]) -> tuple[_Side, _Walked]:
         others, walked = state
-        if form.exchange == "gather":
-            first = (jax.lax.axis_index(axis_name) + step) % devices * len(rows.x)
-            others = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, len(rows.x)), gathered)
+        if everyone is None:
+            others = jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, ring), others)
         else:
-            others = jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, shift), others)
+            first = (jax.lax.axis_index(axis_name) + step) % devices * size
+            others = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), everyone)
 
         def add_pair(n: Int[Array, ""], walked: _Walked) -> _Walked:
             i, j = n // blocks.blocks, n % blocks.blocks
-            first, second = _block(blocks, rows, i), _block(blocks, others, j)
-            kernel = _kernel(_distances(first.x, second.x), jnp.zeros((), bool))
-            return _add(blocks, walked, i, first, second, kernel)
+            rows, columns = _block(blocks, side, i), _block(blocks, others, j)
+            return _add(blocks, walked, i, _meet(_kernel(rows, columns), rows, columns))
 
         return others, jax.lax.fori_loop(0, blocks.blocks**2, add_pair, walked)
 
-    return jax.lax.fori_loop(1, devices, add_device, (rows, walked))[1]
+    return jax.lax.fori_loop(1, devices, add_device, (side, walked))[1]
 
 
-def _block(blocks: RowBlocks, rows: _Rows, i: Int[Array, ""]) -> _Rows:
-    """The rows of block i, of which those of an earlier block count nothing."""
-    x, share, valid = (blocks.take(each, i) for each in rows)
-    return _Rows(x, jnp.where(blocks.is_new(i), share, 0), valid & blocks.is_new(i))
+def _block(blocks: RowBlocks, side: _Side, i: Int[Array, ""]) -> _Side:
+    """The rows of block i, of which those of an earlier block take no part."""
+    block = jax.tree.map(lambda x: blocks.take(x, i), side)
+    if blocks.is_even:
+        return block
+    return block._replace(penalty=jnp.where(blocks.is_new(i), block.penalty, jnp.inf))
 
 
-def _add(
-    blocks: RowBlocks,
-    walked: _Walked,
-    i: Int[Array, ""],
-    anchors: _Rows,
-    candidates: _Rows,
-    kernel: Float[Array, "r s"],
-) -> _Walked:
-    """What the anchors of block i have met, with these candidates added."""
-    valid, other_valid = (each.valid.astype(kernel.dtype) for each in (anchors, candidates))
-    shares = (anchors.share[:, None] * other_valid[None, :] + valid[:, None] * candidates.share[None, :]) / 2
-    weighted = shares * kernel
-    new = _Walked(
-        jnp.matmul(weighted, candidates.x, precision=jax.lax.Precision.HIGHEST),
-        jnp.sum(weighted, axis=-1),
-        jnp.sum(kernel * other_valid[None, :] * valid[:, None], axis=-1),
-    )
-    return jax.tree.map(lambda x, block: blocks.put(x, blocks.take(x, i) + block, i), walked, new)
+def _meet(kernel: Float[Array, "r c"], rows: _Side, columns: _Side) -> _Walked:
+    """What the rows of one block meet in the columns."""
+    ones = jnp.ones_like(columns.penalty)
+    if rows.share is None or columns.share is None:
+        return _Walked(_product(kernel, columns.embeds), _product(kernel, ones), None)
+    weighted = _outer(jnp.add, rows.share, columns.share) / 2 * kernel
+    return _Walked(_product(weighted, columns.embeds), _product(weighted, ones), _product(kernel, ones))
 
 
-def _distances(x: Float[Array, "r d"], y: Float[Array, "s d"]) -> Float[Array, "r s"]:
-    squares = jnp.sum(jnp.square(x), axis=-1)[:, None] + jnp.sum(jnp.square(y), axis=-1)[None, :]
-    return squares - 2 * pair_products(x, y)
+def _add(blocks: RowBlocks, walked: _Walked, i: Int[Array, ""], part: _Walked) -> _Walked:
+    return jax.tree.map(lambda x, block: blocks.put(x, blocks.take(x, i) + block, i), walked, part)
+
+
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
