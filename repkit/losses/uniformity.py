@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from repkit.checks import require_arrays
@@ -25,9 +24,6 @@ from repkit.numerics import (
     same_precision,
     varying,
 )
-
-_BLOCK_ROWS = 512
-"""Rows of a block by default: a tile of the pair matrix stays in a processor's cache."""
 
 
 def uniformity(
@@ -87,11 +83,11 @@ def uniformity(
     shares = None if weights is None else mask_rows(weights.astype(images.dtype), where)
     sides = [_side(x, valid, shares, axis_name) for x in (images, texts)]
     if isinstance(form, Blocks):
-        totals = [_blocked_sum(form, axis_name, side) for side in sides]
+        total: Array = sum(_blocked_sum(form, axis_name, side) for side in sides)
     else:
-        totals = [_plain_sum(side, axis_name) for side in sides]
+        total = sum(_plain_sum(side, axis_name) for side in sides)
     weight = jnp.sum(valid, dtype=images.dtype) if shares is None else jnp.sum(shares)
-    kernel = WeightedMean(totals[0] + totals[1], weight).sum_over(axis_name)
+    kernel = WeightedMean(total, weight).sum_over(axis_name)
     value = jnp.log(jnp.where(kernel.weight == 0, 1.0, kernel.value()))
     rows = jnp.broadcast_to(value, valid.shape)
     return reduce_loss(rows, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
@@ -168,7 +164,9 @@ def _blocked_sum(form: Blocks, axis_name: AxisName | None, side: _Side) -> Array
 def _blocked_sum_forward(
     form: Blocks, axis_name: AxisName | None, side: _Side
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "b d"], Float[Array, " b"] | None]]:
-    blocks = RowBlocks.of(len(side.embeds), form.size or _BLOCK_ROWS)
+    # A tile of the pair matrix stays in a processor's cache; an accelerator wants fewer and larger steps.
+    size = form.size or (512 if jax.default_backend() == "cpu" else 4096)
+    blocks = RowBlocks.contiguous(len(side.embeds), size)
     walked = _walk_own(blocks, side)
     if axis_name is not None:
         walked = _walk_others(blocks, side, walked, form, axis_name)
@@ -191,18 +189,27 @@ _blocked_sum.defvjp(_blocked_sum_forward, _blocked_sum_backward)
 
 def _walk_own(blocks: RowBlocks, side: _Side) -> _Walked:
     """The pairs of this device's rows with each other: a pair of blocks serves its mirror image as well."""
-    pairs = np.stack(np.triu_indices(blocks.blocks)).astype(np.int32)
 
-    def add_pair(n: Int[Array, ""], walked: _Walked) -> _Walked:
-        i, j = jnp.asarray(pairs)[:, n]
-        rows, columns = _block(blocks, side, i), _block(blocks, side, j)
-        kernel = _kernel(rows, columns)
-        walked = _add(blocks, walked, i, _meet(kernel, rows, columns))
-        mirrored = _meet(kernel.T, columns, rows)
-        return _add(blocks, walked, j, jax.tree.map(lambda x: jnp.where(i == j, 0.0, x), mirrored))
+    def add_rows(i: Int[Array, ""], walked: _Walked) -> _Walked:
+        rows = _block(blocks, side, i)
 
-    empty = _Walked(*(None if x is None else jnp.zeros_like(x) for x in (side.embeds, side.penalty, side.share)))
-    return jax.lax.fori_loop(0, pairs.shape[1], add_pair, empty)
+        def add_columns(j: Int[Array, ""], state: tuple[_Walked, _Walked]) -> tuple[_Walked, _Walked]:
+            walked, of_rows = state
+            columns = _block(blocks, side, j)
+            kernel = _kernel(rows, columns)
+            walked = _add(blocks, walked, j, _meet(kernel.T, columns, rows))
+            return walked, jax.tree.map(jnp.add, of_rows, _meet(kernel, rows, columns))
+
+        of_rows = _meet(_kernel(rows, rows), rows, rows)
+        walked, of_rows = jax.lax.fori_loop(i + 1, blocks.blocks, add_columns, (walked, of_rows))
+        return _add(blocks, walked, i, of_rows)
+
+    return jax.lax.fori_loop(0, blocks.blocks, add_rows, _empty(side))
+
+
+def _empty(side: _Side) -> _Walked:
+    nothing = jnp.zeros_like(side.penalty)
+    return _Walked(jnp.zeros_like(side.embeds), nothing, None if side.share is None else nothing)
 
 
 def _walk_others(blocks: RowBlocks, side: _Side, walked: _Walked, form: Blocks, axis_name: AxisName) -> _Walked:
@@ -219,12 +226,17 @@ def _walk_others(blocks: RowBlocks, side: _Side, walked: _Walked, form: Blocks, 
             first = (jax.lax.axis_index(axis_name) + step) % devices * size
             others = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), everyone)
 
-        def add_pair(n: Int[Array, ""], walked: _Walked) -> _Walked:
-            i, j = n // blocks.blocks, n % blocks.blocks
-            rows, columns = _block(blocks, side, i), _block(blocks, others, j)
-            return _add(blocks, walked, i, _meet(_kernel(rows, columns), rows, columns))
+        def add_rows(i: Int[Array, ""], walked: _Walked) -> _Walked:
+            rows = _block(blocks, side, i)
 
-        return others, jax.lax.fori_loop(0, blocks.blocks**2, add_pair, walked)
+            def add_columns(j: Int[Array, ""], of_rows: _Walked) -> _Walked:
+                columns = _block(blocks, others, j)
+                return jax.tree.map(jnp.add, of_rows, _meet(_kernel(rows, columns), rows, columns))
+
+            of_rows = jax.tree.map(lambda x: blocks.take(x, i), _empty(side))
+            return _add(blocks, walked, i, jax.lax.fori_loop(0, blocks.blocks, add_columns, of_rows))
+
+        return others, jax.lax.fori_loop(0, blocks.blocks, add_rows, walked)
 
     return jax.lax.fori_loop(1, devices, add_device, (side, walked))[1]
 
@@ -232,18 +244,17 @@ def _walk_others(blocks: RowBlocks, side: _Side, walked: _Walked, form: Blocks, 
 def _block(blocks: RowBlocks, side: _Side, i: Int[Array, ""]) -> _Side:
     """The rows of block i, of which those of an earlier block take no part."""
     block = jax.tree.map(lambda x: blocks.take(x, i), side)
-    if blocks.is_even:
+    if not blocks.repeats:
         return block
     return block._replace(penalty=jnp.where(blocks.is_new(i), block.penalty, jnp.inf))
 
 
 def _meet(kernel: Float[Array, "r c"], rows: _Side, columns: _Side) -> _Walked:
     """What the rows of one block meet in the columns."""
-    ones = jnp.ones_like(columns.penalty)
     if rows.share is None or columns.share is None:
-        return _Walked(_product(kernel, columns.embeds), _product(kernel, ones), None)
+        return _Walked(_product(kernel, columns.embeds), jnp.sum(kernel, axis=-1), None)
     weighted = _outer(jnp.add, rows.share, columns.share) / 2 * kernel
-    return _Walked(_product(weighted, columns.embeds), _product(weighted, ones), _product(kernel, ones))
+    return _Walked(_product(weighted, columns.embeds), jnp.sum(weighted, axis=-1), jnp.sum(kernel, axis=-1))
 
 
 def _add(blocks: RowBlocks, walked: _Walked, i: Int[Array, ""], part: _Walked) -> _Walked:
