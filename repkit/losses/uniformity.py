@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +83,11 @@ def uniformity(
     shares = None if weights is None else mask_rows(weights.astype(images.dtype), where)
     sides = [_side(x, valid, shares, axis_name) for x in (images, texts)]
     if isinstance(form, Blocks):
-        total: Array = sum(_blocked_sum(form, axis_name, side) for side in sides)
+        totals = jnp.stack([_blocked_sum(form, axis_name, side) for side in sides])
     else:
-        total = sum(_plain_sum(side, axis_name) for side in sides)
+        totals = jnp.stack([_plain_sum(side, axis_name) for side in sides])
     weight = jnp.sum(valid, dtype=images.dtype) if shares is None else jnp.sum(shares)
-    kernel = WeightedMean(total, weight).sum_over(axis_name)
+    kernel = WeightedMean(jnp.sum(totals), weight).sum_over(axis_name)
     value = jnp.log(jnp.where(kernel.weight == 0, 1.0, kernel.value()))
     rows = jnp.broadcast_to(value, valid.shape)
     return reduce_loss(rows, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
@@ -180,8 +180,9 @@ def _blocked_sum_backward(
     form: Blocks, axis_name: AxisName | None, residuals: tuple[Array, Array | None], slope: Float[Array, ""]
 ) -> tuple[_Side]:
     gradient, kernel = residuals
+    of_place: Any = None
     share = None if kernel is None else slope * kernel
-    return (_Side(slope * gradient, None, jnp.zeros_like(gradient[:, 0]), share),)
+    return (_Side(slope * gradient, of_place, jnp.zeros_like(gradient[:, 0]), share),)
 
 
 _blocked_sum.defvjp(_blocked_sum_forward, _blocked_sum_backward)
