@@ -19,12 +19,14 @@ from repkit.losses.contrastive import decoupled_contrastive, global_contrastive,
 from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import gamma_contrastive, sample_rates
 from repkit.losses.geometry import geometric_consistency
+from repkit.losses.matching import HardNegatives, hard_negatives
 from repkit.losses.mesh import over_mesh
 from repkit.losses.separation import feature_separation
 
 __all__ = [
     "Blocks",
     "Form",
+    "HardNegatives",
     "LogPartitionMemory",
     "brownian_bridge",
     "brownian_bridge_path",
@@ -33,6 +35,7 @@ __all__ = [
     "gamma_contrastive",
     "geometric_consistency",
     "global_contrastive",
+    "hard_negatives",
     "info_nce",
     "init_memory",
     "over_mesh",
