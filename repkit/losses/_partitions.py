@@ -37,7 +37,6 @@ from repkit.numerics import (
     row_indices,
     row_mask,
     rows_over,
-    safe_norm,
     sum_over,
     varying,
 )
@@ -198,8 +197,7 @@ def _plain_scores(
     kinds = _kinds(identity, jax.tree.map(lambda x: rows_over(x, axis_name), identity))
     allowed = valid[:, None] & rows_over(valid, axis_name)[None, :]
 
-    def sums(anchors: Array, candidates: Array) -> _Sums:
-        logits = scale * pair_products(anchors, rows_over(candidates, axis_name))
+    def sums(logits: Float[Array, "b B"]) -> _Sums:
         negatives = masked_logsumexp(logits, allowed & kinds.negative)
         if kinds.positive is None:
             return _Sums(negatives, None)
@@ -208,7 +206,11 @@ def _plain_scores(
         total = jnp.sum(jnp.where(positive, logits, 0.0), axis=-1)
         return _Sums(negatives, Positives(count, masked_logsumexp(logits, positive), total))
 
-    return _Scores(scale * row_products(images, texts), sums(images, texts), sums(texts, images))
+    logits = scale * pair_products(images, rows_over(texts, axis_name))
+    # The other direction is the transpose, of which each device has its own rows only where it has all of them.
+    is_whole = axis_name is None
+    transposed = logits.T if is_whole else scale * pair_products(texts, rows_over(images, axis_name))
+    return _Scores(scale * row_products(images, texts), sums(logits), sums(transposed))
 
 
 class _Kinds(NamedTuple):
@@ -292,7 +294,9 @@ def _forward(
     products = pair_products(images.embeds, texts.embeds) if is_kept else None
     walk = functools.partial(walk_pairs, form=form, axis_name=axis_name, products=products)
 
-    longest = [largest_over(jnp.max(safe_norm(side.embeds.astype(scale.dtype))), axis_name) for side in (images, texts)]
+    # Squares that overflow make the shift infinite, which is not trusted; those that underflow do not matter.
+    squares = [largest_over(jnp.max(row_products(x, x)), axis_name) for x in (images.embeds, texts.embeds)]
+    longest = [jnp.sqrt(square) for square in squares]
     # Below the headroom nothing is subtracted: small scores keep their digits.
     shift = jnp.maximum(jnp.abs(scale) * longest[0] * longest[1] - _HEADROOM, 0.0)
     shifts = _Shifts(shift, shift)
