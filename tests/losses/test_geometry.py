@@ -251,6 +251,35 @@ def test_devices_exchange_one_sum_of_small_matrices(place, options, matrices):
     assert program.memory_analysis().temp_size_in_bytes <= 40 * 2**20
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("differentiated", ["outside", "inside"])
+def test_devices_agree_with_one(size, reduction, differentiated):
+    """Without weights, so that the mean needs no row's loss, and all valid rows of "none" have one slope."""
+    with jax.enable_x64(True):
+        arrays, where = [embeds(seed, 48) for seed in range(4)], np.random.default_rng(1).random(48) < 0.7
+        where[:6] = False
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        rows, whole = P("data"), P() if reduction == "mean" else P("data")
+
+        def loss(arrays, where, axis_name=None, form=losses.Blocks(size)):
+            return losses.geometric_consistency(
+                *arrays, where=where, axis_name=axis_name, form=form, reduction=reduction
+            )
+
+        def gradient(loss):
+            return jax.grad(lambda arrays, where: jnp.sum(loss(arrays, where)))
+
+        on_devices = functools.partial(loss, axis_name="data")
+        if differentiated == "outside":
+            mapped = gradient(jax.shard_map(on_devices, mesh=mesh, in_specs=(rows, rows), out_specs=whole))
+        else:
+            mapped = jax.shard_map(gradient(on_devices), mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+        wanted = quickly(gradient(functools.partial(loss, form="plain")))(arrays, where)
+        got = quickly(mapped)(arrays, where)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11), got, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Any input
 
