@@ -58,6 +58,15 @@ def geometric_consistency(
 
     There is no temperature. The sum over k is over all rows that `where` allows, so that the loss grows with the batch.
 
+    Cost: 8 N D^2 operations for value and gradient with a = b given as numbers, 14 N D^2 otherwise; half as much again
+    with `weights` or rows' losses, and more if the rows' slopes then differ. Weights a and b that are traced count as
+    unequal. Temporary memory does not grow with N. Over devices only sums of D x D matrices travel.
+
+    Precision: nothing cancels as T tends to V, nor where one of the two terms vanishes beside the other. One term
+    *alone* (a = 0 or b = 0) that vanishes while V and T differ, as the in-modal one for T a rotation of V, is the
+    difference of two D x D sums: with r = |difference| / |products| the gradient has a relative error of about 2e-7 / r
+    and the value of 1e-8 / r^2 in float32 (r = 0.01: 2e-5 and 7e-5), against 3e-8 / r and 1e-7 of the plain form.
+
     Args:
         image_embeds: V [b d], normally of unit length; used as given.
         text_embeds: T [b d].
@@ -65,9 +74,9 @@ def geometric_consistency(
         augmented_text_embeds: T^a [b d].
         cross_modal_weight: a, factor of the terms that compare images with texts.
         in_modal_weight: b, factor of the terms that compare within a modality.
-        form: `Blocks` holds matrices of D x D and blocks of rows, or B x B where that takes fewer operations (B < 4/3 D
-            to 10/3 D); across devices only D x D sums travel, or the rows where B x B is used. "plain" holds several
-            B x B matrices.
+        form: `Blocks` computes with D x D matrices over blocks of rows, or with B x B matrices where that takes fewer
+            operations (B below 4/3 D, or 2 to 7/3 D with rows' losses or unequal weights); "plain" with several B x B
+            matrices. See below for the precision.
         where: [b]; False removes the row as anchor and as candidate.
         weights: [b], >= 0; the share of row j in the mean. A row of weight 0 is still a candidate k.
         axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays
-from repkit.losses._pairs import embeddings, row_products
+from repkit.losses._pairs import row_products
 from repkit.losses._partitions import pair_partitions, softmax_cross_entropy
 from repkit.losses.form import Blocks, Form
 from repkit.losses.uniformity import uniformity
-from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, same_precision
 
 
 def feature_separation(
@@ -95,7 +95,8 @@ def feature_separation(
             "weights": (weights, "float b"),
         },
     )
-    images, texts, own_images, own_texts, own_images_augmented, own_texts_augmented = embeddings(
+    # Several parts add to one gradient: in the inputs' precision each would be rounded before it is added.
+    images, texts, own_images, own_texts, own_images_augmented, own_texts_augmented = same_precision(
         image_embeds,
         text_embeds,
         image_independent,
