@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
-from repkit.numerics import AxisName, Reduction, local_rows, reduce_loss, row_count, same_precision
+from repkit.numerics import AxisName, Reduction, local_rows, mask_rows, reduce_loss, row_count, same_precision
 
 SAMPLED_TIMES = (0.05, 0.95)
 """The interval of sampled times; the likelihood's weight 1/(2 t (1 - t)) has no finite mean over all of (0, 1)."""
@@ -88,8 +88,10 @@ def brownian_bridge(
 
     @jax.checkpoint
     def distances(image_embeds: Array, text_embeds: Array, augmented_embeds: Array) -> Float[Array, " b"]:
-        images, texts, views = same_precision(image_embeds, text_embeds, augmented_embeds, where=where)
-        return jnp.sum(jnp.square(views - _mean_direction(images, texts, t[:, None])), axis=-1)
+        images, texts, views = same_precision(image_embeds, text_embeds, augmented_embeds, where=None)
+        # Masked where the three arrays have met: three masked copies would have to be written first.
+        mean = _direction(mask_rows(_interpolate(images, texts, t[:, None]), where))
+        return jnp.sum(jnp.square(mask_rows(views - mean, where)), axis=-1)
 
     # What the backward pass needs is computed again from the inputs: it costs less than writing and reading it.
     losses = scale * distances(image_embeds, text_embeds, augmented_embeds)
@@ -161,7 +163,7 @@ def brownian_bridge_path(
         )
     images, texts, views = same_precision(image_embeds, text_embeds, path_embeds, where=where)
     t = jnp.asarray(times, images.dtype)[None, :, None]
-    residuals = views - _mean_direction(images[:, None, :], texts[:, None, :], t)
+    residuals = views - _direction(_interpolate(images[:, None, :], texts[:, None, :], t))
     steps = jnp.diff(jnp.pad(residuals, ((0, 0), (1, 1), (0, 0))), axis=1)
     durations = jnp.diff(jnp.asarray(ends, images.dtype))
     losses = jnp.sum(jnp.sum(jnp.square(steps), axis=-1) / (2 * durations)[None, :], axis=-1)
@@ -175,12 +177,14 @@ def _time_per_row(time: float | Array, rows: int, dtype: jnp.dtype) -> Float[Arr
     return jnp.broadcast_to(t, (rows,))
 
 
-def _mean_direction(
+def _interpolate(
     images: Float[Array, "*shape d"], texts: Float[Array, "*shape d"], t: Float[Array, "*shape 1"]
 ) -> Float[Array, "*shape d"]:
-    mean = t * images + (1 - t) * texts
-    # As `normalize`, without its reading of all rows for their scale: an angle between two rows that is so near to
-    # antipodal is rounding. A product with the inverse length fuses with what follows.
+    return t * images + (1 - t) * texts
+
+
+def _direction(mean: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
+    """As `normalize`, without its reading of all rows for their scale: a mean of rows that is so short is rounding."""
     squares = jnp.sum(jnp.square(mean), axis=-1, keepdims=True)
     is_zero = squares == 0
     return mean * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, squares)))
