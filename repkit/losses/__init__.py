@@ -10,6 +10,7 @@
 | two views of one modality | `in_modal_info_nce` |
 | negatives for image-text matching | `hard_negatives` |
 | beside it, room for what only one modality knows | `feature_separation` |
+| beside it, features that spread over the whole sphere | `uniformity` |
 | beside it, augmented views on a path between the two modalities | `brownian_bridge`, `brownian_bridge_path` |
 | beside it, the same arrangement of the batch in both modalities | `geometric_consistency` |
 
@@ -34,6 +35,7 @@ from repkit.losses.geometry import geometric_consistency
 from repkit.losses.matching import HardNegatives, hard_negatives
 from repkit.losses.mesh import over_mesh
 from repkit.losses.separation import feature_separation
+from repkit.losses.uniformity import uniformity
 
 __all__ = [
     "Blocks",
@@ -54,4 +56,5 @@ __all__ = [
     "over_mesh",
     "sample_rates",
     "sigmoid_contrastive",
+    "uniformity",
 ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
-from repkit.numerics import AxisName, Reduction, local_rows, normalize, reduce_loss, row_count, same_precision
+from repkit.numerics import AxisName, Reduction, local_rows, reduce_loss, row_count, same_precision
 
 SAMPLED_TIMES = (0.05, 0.95)
 """The interval of sampled times; the likelihood's weight 1/(2 t (1 - t)) has no finite mean over all of (0, 1)."""
@@ -71,8 +71,8 @@ def brownian_bridge(
             "weights": (weights, "float b"),
         },
     )
-    images, texts, views = same_precision(image_embeds, text_embeds, augmented_embeds, where=where)
-    rows, dtype = images.shape[0], images.dtype
+    rows = image_embeds.shape[0]
+    dtype = jnp.promote_types(jnp.result_type(image_embeds, text_embeds, augmented_embeds), jnp.float32)
     if isinstance(time, str):
         require_choice("time", time, ["sampled"])
         key = require_key("brownian_bridge", key, 'time="sampled"')
@@ -85,7 +85,14 @@ def brownian_bridge(
         require_range("brownian_bridge", "time", time, at_least=0, at_most=1)
         t = _time_per_row(time, rows, dtype)
         scale = jnp.ones_like(t)
-    losses = scale * jnp.sum(jnp.square(views - _mean_direction(images, texts, t[:, None])), axis=-1)
+
+    @jax.checkpoint
+    def distances(image_embeds: Array, text_embeds: Array, augmented_embeds: Array) -> Float[Array, " b"]:
+        images, texts, views = same_precision(image_embeds, text_embeds, augmented_embeds, where=where)
+        return jnp.sum(jnp.square(views - _mean_direction(images, texts, t[:, None])), axis=-1)
+
+    # What the backward pass needs is computed again from the inputs: it costs less than writing and reading it.
+    losses = scale * distances(image_embeds, text_embeds, augmented_embeds)
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
 
 
@@ -171,4 +178,9 @@ def _time_per_row(time: float | Array, rows: int, dtype: jnp.dtype) -> Float[Arr
 def _mean_direction(
     images: Float[Array, "*shape d"], texts: Float[Array, "*shape d"], t: Float[Array, "*shape 1"]
 ) -> Float[Array, "*shape d"]:
-    return normalize(t * images + (1 - t) * texts)
+    mean = t * images + (1 - t) * texts
+    # As `normalize`, without its reading of all rows for their scale: an angle between two rows that is so near to
+    # antipodal is rounding. A product with the inverse length fuses with what follows.
+    squares = jnp.sum(jnp.square(mean), axis=-1, keepdims=True)
+    is_zero = squares == 0
+    return mean * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, squares)))

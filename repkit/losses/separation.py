@@ -4,8 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays
-from repkit.losses._old_pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
-from repkit.numerics import AxisName, Reduction, Scalar, WeightedMean, reduce_loss, row_mask, rows_over
+from repkit.losses._pairs import row_products
+from repkit.losses._partitions import pair_partitions, softmax_cross_entropy
+from repkit.losses.form import Blocks, Form
+from repkit.losses.uniformity import uniformity
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, same_precision
 
 
 def feature_separation(
@@ -21,6 +24,7 @@ def feature_separation(
     contrastive_weight: Scalar = 1.0,
     uniformity_weight: Scalar = 1.0,
     labels: Int[Array, " b"] | None = None,
+    form: Form = Blocks(),
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
     axis_name: AxisName | None = None,
@@ -46,11 +50,12 @@ def feature_separation(
         augmented_image_independent: second projection of the image's augmented view V'^a [b d].
         augmented_text_independent: second projection of the text's augmented view T'^a [b d].
         logit_scale: scalar > 0 that multiplies the inner products in L_Con (1 / temperature); may be learned.
-        orthogonality_weight: factor of L_Ortho.
+        orthogonality_weight: factor of L_Ortho. A part whose factor is the number 0 takes no time.
         contrastive_weight: factor of L_Con.
         uniformity_weight: factor of L_Uni.
         labels: [b]; rows with equal labels have the same text, and are positives of one another in T' -> T'^a. In
             V' -> V'^a only the row's own view is a positive: equal texts do not make equal images.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
         where: [b]; False removes the row as anchor and as candidate.
         weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate.
         axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
@@ -90,6 +95,7 @@ def feature_separation(
             "weights": (weights, "float b"),
         },
     )
+    # Several parts add to one gradient: in the inputs' precision each would be rounded before it is added.
     images, texts, own_images, own_texts, own_images_augmented, own_texts_augmented = same_precision(
         image_embeds,
         text_embeds,
@@ -99,39 +105,28 @@ def feature_separation(
         augmented_text_independent,
         where=where,
     )
-    rows, dtype = images.shape[0], images.dtype
-
-    orthogonality = jnp.square(jnp.sum(images * own_images, axis=-1)) + jnp.square(jnp.sum(texts * own_texts, axis=-1))
+    orthogonality = jnp.square(row_products(images, own_images)) + jnp.square(row_products(texts, own_texts))
 
     def cross_entropy(
         anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], labels: Int[Array, " b"] | None
     ) -> Float[Array, " b"]:
-        products = pair_products(anchors, candidates, axis_name=axis_name)
-        positives, negatives = pair_masks(labels, where, rows=rows, axis_name=axis_name)
-        return softmax_cross_entropy(products, logit_scale, positives, negatives)
+        of_anchors, _ = pair_partitions(
+            anchors, candidates, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+        )
+        return softmax_cross_entropy(of_anchors)
 
     contrast = cross_entropy(own_images, own_images_augmented, None) + cross_entropy(
         own_texts, own_texts_augmented, labels
     )
-
-    valid = row_mask(where, rows)
-    kernel_sums = _kernel_sums(own_images, valid, axis_name) + _kernel_sums(own_texts, valid, axis_name)
-    kernel = WeightedMean.of(kernel_sums, valid, weights).sum_over(axis_name)
-    is_empty = kernel.weight == 0
-    uniformity = jnp.log(jnp.where(is_empty, 1.0, kernel.value()))
-
-    losses = (
-        jnp.asarray(orthogonality_weight, dtype) * orthogonality
-        + jnp.asarray(contrastive_weight, dtype) * contrast
-        + jnp.asarray(uniformity_weight, dtype) * uniformity
+    uniform = uniformity(
+        own_images, own_texts, form=form, where=where, weights=weights, axis_name=axis_name, reduction="none"
     )
+    losses = jnp.zeros_like(orthogonality)
+    for weight, part in (
+        (orthogonality_weight, orthogonality),
+        (contrastive_weight, contrast),
+        (uniformity_weight, uniform),
+    ):
+        if not (isinstance(weight, int | float) and weight == 0):
+            losses += jnp.asarray(weight, losses.dtype) * part
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
-
-
-def _kernel_sums(x: Float[Array, "b d"], valid: Bool[Array, " b"], axis_name: AxisName | None) -> Float[Array, " b"]:
-    """`sum_k exp(-2 |x_j - x_k|^2)` over all valid rows k of all devices."""
-    squares = jnp.sum(jnp.square(x), axis=-1)
-    distances = squares[:, None] + rows_over(squares, axis_name)[None, :] - 2 * pair_products(x, x, axis_name=axis_name)
-    # Rounding may leave a distance below 0, and far below it for long vectors.
-    kernel = jnp.exp(-2 * jnp.maximum(distances, 0.0))
-    return jnp.sum(jnp.where(rows_over(valid, axis_name)[None, :], kernel, 0.0), axis=-1)

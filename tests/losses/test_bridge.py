@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from repkit import losses
 from repkit.losses.bridge import SAMPLED_TIMES
@@ -82,3 +84,39 @@ def test_neighbouring_points_are_compared_with_one_another():
     agreeing = brownian_bridge_path(image, text, jnp.stack([image + aside, image + aside], 1), times=(0.4, 0.6))
     opposing = brownian_bridge_path(image, text, jnp.stack([image + aside, image - aside], 1), times=(0.4, 0.6))
     assert agreeing < opposing / 3
+
+
+finite = jax.jit(
+    jax.value_and_grad(
+        lambda arrays, time, where, weights: losses.brownian_bridge(*arrays, time=time, where=where, weights=weights),
+        (0, 1, 3),
+    ),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    exponent=st.integers(-12, 6),
+    opposite=st.booleans(),
+    time=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    mask=st.integers(0, 2**5 - 1),
+)
+def test_value_and_gradient_are_finite(seed, exponent, opposite, time, dtype, mask):
+    rng = np.random.default_rng(seed)
+    arrays = 10.0**exponent * rng.normal(size=(3, 5, 3))
+    if opposite:
+        arrays[1] = -arrays[0]
+    where = np.array([mask >> i & 1 for i in range(5)], bool)
+    weights = rng.choice([0.0, 1e-3, 1.0], 5).astype(np.float32)
+    results = jax.device_get(finite(list(arrays.astype(dtype)), np.float32(time), where, weights))
+    assert all(np.all(np.isfinite(leaf.astype(np.float32))) for leaf in jax.tree.leaves(results))
+
+
+def test_temporary_memory_is_less_than_one_input():
+    """Value and gradient walk the rows again rather than keep what they computed of them."""
+    x = jax.ShapeDtypeStruct((16384, 256), jnp.float32)
+    compiled = jax.jit(jax.value_and_grad(losses.brownian_bridge, (0, 1, 2))).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20

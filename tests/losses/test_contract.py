@@ -279,6 +279,32 @@ CASES = {
             "uniformity_weight": 3.0,
         },
     ),
+    "feature_separation, plain": Case(
+        losses.feature_separation,
+        SEPARATION,
+        lambda now, held: reference.feature_separation(**now),
+        scalars={"logit_scale": 3.0},
+        options=lambda: {"form": "plain"},
+    ),
+    "uniformity": Case(
+        losses.uniformity,
+        PAIR,
+        lambda now, held: reference.uniformity(**now),
+        options=lambda: {"form": losses.Blocks(size=3)},
+        mistakes=(({"form": "blocks"}, "expected form to be losses.Blocks(...) or 'plain'"),),
+    ),
+    "uniformity, gathered": Case(
+        losses.uniformity,
+        PAIR,
+        lambda now, held: reference.uniformity(**now),
+        options=lambda: {"form": losses.Blocks(exchange="gather")},
+    ),
+    "uniformity, plain": Case(
+        losses.uniformity,
+        PAIR,
+        lambda now, held: reference.uniformity(**now),
+        options=lambda: {"form": "plain"},
+    ),
     "brownian_bridge": Case(
         losses.brownian_bridge,
         PAIR | {"augmented_embeds": ()},
@@ -313,6 +339,13 @@ CASES = {
         lambda now, held: reference.geometric_consistency(**now),
         scalars={"cross_modal_weight": 0.25, "in_modal_weight": 0.5},
         mistakes=(({"augmented_text_embeds": None}, "pass both or neither"),),
+    ),
+    "geometric_consistency, plain": Case(
+        losses.geometric_consistency,
+        PAIR | {"augmented_image_embeds": (), "augmented_text_embeds": ()},
+        lambda now, held: reference.geometric_consistency(**now),
+        scalars={"cross_modal_weight": 0.25, "in_modal_weight": 0.5},
+        options=lambda: {"form": "plain"},
     ),
     "geometric_consistency, not augmented": Case(
         losses.geometric_consistency,

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from repkit import losses
 
 feature_separation = jax.jit(losses.feature_separation, static_argnames="reduction")
+uniformity = jax.jit(losses.uniformity)
 info_nce = jax.jit(losses.info_nce, static_argnames="direction")
 
 
@@ -30,10 +33,47 @@ def test_contrast_is_info_nce_towards_the_augmented_views():
     assert loss == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("embeds", "expected"), [(np.ones((4, 1)), np.log(8)), (np.eye(4), np.log(2 + 6 * np.exp(-4)))]
+def test_uniformity_is_the_loss_of_that_name():
+    x, y = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    rows = feature_separation(x, x, x, y, x, y, logit_scale=1.0, reduction="none", **parts(uniformity_weight=1.0))
+    np.testing.assert_allclose(rows, np.full(5, uniformity(x, y)), rtol=1e-6)
+
+
+def test_a_part_without_weight_takes_no_pair_matrix():
+    x = jax.ShapeDtypeStruct((4096, 8), jnp.float32)
+
+    def orthogonality(*arrays):
+        return losses.feature_separation(
+            *arrays, logit_scale=1.0, contrastive_weight=0, uniformity_weight=0.0, form="plain"
+        )
+
+    compiled = jax.jit(jax.value_and_grad(orthogonality, range(4))).lower(*[x] * 6).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+finite = jax.jit(
+    jax.value_and_grad(
+        lambda arrays, scale, where, weights: losses.feature_separation(
+            *arrays, logit_scale=scale, where=where, weights=weights
+        ),
+        (0, 1, 3),
+    ),
+    compiler_options={"xla_backend_optimization_level": 0},
 )
-def test_uniformity_of_equal_and_of_orthogonal_features(embeds, expected):
-    x = jnp.asarray(embeds, jnp.float32)
-    rows = feature_separation(x, x, x, x, x, x, logit_scale=1.0, reduction="none", **parts(uniformity_weight=1.0))
-    np.testing.assert_allclose(rows, np.full(4, expected), rtol=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    exponent=st.integers(-6, 3),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    mask=st.integers(0, 2**5 - 1),
+)
+def test_value_and_gradient_are_finite(seed, exponent, scale, dtype, mask):
+    rng = np.random.default_rng(seed)
+    arrays = list((10.0**exponent * rng.normal(size=(6, 5, 3))).astype(dtype))
+    where = np.array([mask >> i & 1 for i in range(5)], bool)
+    weights = rng.choice([0.0, 1e-3, 1.0], 5).astype(np.float32)
+    results = jax.device_get(finite(arrays, np.float32(scale), where, weights))
+    assert all(np.all(np.isfinite(leaf.astype(np.float32))) for leaf in jax.tree.leaves(results))

@@ -235,6 +235,20 @@ def feature_separation(
     return losses
 
 
+def uniformity(image_embeds, text_embeds, *, where=None, weights=None):
+    b = len(image_embeds)
+    rows, weights = _rows(where, b), np.ones(b) if weights is None else weights
+    kernel = sum(
+        weights[j] * np.exp(-2 * np.sum((x[j] - x[k]) ** 2))
+        for x in (image_embeds, text_embeds)
+        for j in rows
+        for k in rows
+    )
+    losses = np.zeros(b)
+    losses[rows] = np.log(kernel / sum(weights[j] for j in rows))
+    return losses
+
+
 def _bridge_mean(image, text, t):
     mean = t * image + (1 - t) * text
     length = np.sqrt(np.sum(mean**2))
