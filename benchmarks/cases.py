@@ -1,5 +1,6 @@
 """The losses, their shapes, and who competes on each: one function of sizes per loss."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -10,14 +11,16 @@ import jax.numpy as jnp
 from benchmarks import costs, limits, peers, torch_peers
 from benchmarks.measure import Arrays, Entrant, Problem
 from repkit import losses
+from repkit.losses._pairs import block_size
 from repkit.numerics import normalize
 
 Shape: TypeAlias = tuple[int, ...]
 Variant: TypeAlias = Literal["mse", "kl"]
 
 LOGIT_SCALE = 14.3
-BLOCK = (1024, 1024)
-GRAM_ROWS = 2048
+GRAM_BLOCK = 2**20
+"""Elements of a block of rows in the program of Gram matrices."""
+
 FLOAT_BYTES = 4
 
 
@@ -50,7 +53,7 @@ def info_nce(rows: int, width: int) -> Problem:
         entrants=(
             _ours(
                 lambda image, text, scale: losses.info_nce(image, text, logit_scale=scale),
-                flops=costs.pair_flops(rows, width, products=4),
+                flops=_softmax_flops(rows, width),
                 traffic=costs.pair_traffic(rows, width),
             ),
             _plain(peers.info_nce, flops=costs.pair_flops(rows, width, products=3)),
@@ -63,15 +66,15 @@ def info_nce(rows: int, width: int) -> Problem:
 
 
 def gamma_contrastive(rows: int, width: int) -> Problem:
-    """With a memory, against our InfoNCE."""
+    """With a memory, against our plain form and our InfoNCE."""
 
     def arrays(dtype: str) -> Arrays:
         memory = losses.init_memory(4 * rows)
         return *embeddings(2, rows, width, dtype), jnp.float32(LOGIT_SCALE), memory, jnp.arange(rows), jax.random.key(0)
 
-    def ours(image: Any, text: Any, scale: Any, memory: Any, example_id: Any, key: Any) -> Any:
+    def gamma(image: Any, text: Any, scale: Any, memory: Any, example_id: Any, key: Any, *, form: losses.Form) -> Any:
         return losses.gamma_contrastive(
-            image, text, logit_scale=scale, memory=memory, example_id=example_id, memory_rate=0.9, key=key
+            image, text, logit_scale=scale, memory=memory, example_id=example_id, memory_rate=0.9, form=form, key=key
         )
 
     return Problem(
@@ -81,15 +84,16 @@ def gamma_contrastive(rows: int, width: int) -> Problem:
         learned=3,
         entrants=(
             _ours(
-                ours,
-                flops=costs.pair_flops(rows, width, products=4),
+                functools.partial(gamma, form=losses.Blocks()),
+                flops=_softmax_flops(rows, width),
                 traffic=costs.pair_traffic(rows, width),
             ),
+            _plain(functools.partial(gamma, form="plain"), flops=costs.pair_flops(rows, width, products=3)),
             Entrant(
                 name="info_nce",
                 role="peer",
                 function=lambda image, text, scale, *_: losses.info_nce(image, text, logit_scale=scale),
-                flops=costs.pair_flops(rows, width, products=4),
+                flops=_softmax_flops(rows, width),
             ),
             _pair_limit(rows, width),
         ),
@@ -98,6 +102,10 @@ def gamma_contrastive(rows: int, width: int) -> Problem:
 
 def geometric_consistency(rows: int, width: int) -> Problem:
     """With CyCLIP's weights, against CyCLIP's formula and the products alone."""
+    if 3 * rows < 4 * width:
+        limit, flops = limits.pair_products(rows), costs.pair_flops(rows, width, products=3)
+    else:
+        limit, flops = limits.gram_products(GRAM_BLOCK // width), costs.gram_flops(rows, width, products=4)
     return Problem(
         loss="geometric_consistency",
         shape={"rows": rows, "width": width},
@@ -108,17 +116,12 @@ def geometric_consistency(rows: int, width: int) -> Problem:
                 lambda image, text: losses.geometric_consistency(
                     image, text, cross_modal_weight=0.25, in_modal_weight=0.25
                 ),
-                flops=costs.gram_flops(rows, width, products=4),
+                flops=flops,
                 traffic=costs.pair_traffic(rows, width),
             ),
             _plain(peers.cyclip, flops=costs.pair_flops(rows, width, products=9)),
             _torch(torch_peers.cyclip, floats=7 * rows**2, flops=costs.pair_flops(rows, width, products=9)),
-            Entrant(
-                name="products alone",
-                role="limit",
-                function=limits.gram_products(GRAM_ROWS),
-                flops=costs.gram_flops(rows, width, products=4),
-            ),
+            Entrant(name="products alone", role="limit", function=limit, flops=flops),
         ),
     )
 
@@ -230,12 +233,17 @@ def _torch(function: Callable[..., Any], *, floats: float, flops: float | None =
     )
 
 
+def _softmax_flops(rows: int, width: int) -> float:
+    """The scores are computed twice unless the pair matrix is one block."""
+    return costs.pair_flops(rows, width, products=3 if block_size(rows, losses.Blocks()) == rows else 4)
+
+
 def _pair_limit(rows: int, width: int) -> Entrant:
     return Entrant(
         name="products alone",
         role="limit",
-        function=limits.pair_products(*BLOCK),
-        flops=costs.pair_flops(rows, width, products=4),
+        function=limits.pair_products(block_size(rows, losses.Blocks())),
+        flops=_softmax_flops(rows, width),
     )
 
 

@@ -1,6 +1,7 @@
 """Programs that do only what a loss cannot avoid: the same matrix products, or one pass over the arrays."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,63 +9,84 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def pair_products(
-    rows: int, columns: int
-) -> Callable[..., tuple[Float[Array, ""], Float[Array, "b d"], Float[Array, "b d"]]]:
-    """A loss over all pairs with its gradients, less the loss: 8 B^2 D operations in blocks of rows x columns.
+def pair_products(size: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """A loss over all pairs with its gradients, less the loss, in blocks of `size` rows on both sides.
 
     One walk over the blocks of scores, and a second that computes them again and multiplies them with the block's rows
-    on both sides.
+    on both sides: 4 products of B^2 D. In one block the scores are kept: 3 products.
     """
 
     def program(image: Float[Array, "b d"], text: Float[Array, "b d"], *_: Any) -> tuple[Array, Array, Array]:
-        height, width = min(rows, len(image)), min(columns, len(text))
-        starts = [jnp.arange(-(-len(image) // size)) * size for size in (height, width)]
+        if size >= len(image):
+            scores = image @ text.T
+            return scores[0, 0], scores @ text, scores.T @ image
+        blocks = _Blocks(len(image), size)
 
-        def forward(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
+        def forward(pair: Array, total: Array) -> Array:
+            i, j = jnp.divmod(pair, blocks.count)
             # Without the barrier the compiler would compute only the entry that is used.
-            block = jax.lax.optimization_barrier(_cut(image, at[0], height) @ _cut(text, at[1], width).T)
-            return total + block[0, 0], None
+            scores = jax.lax.optimization_barrier(blocks.take(image, i) @ blocks.take(text, j).T)
+            return total + scores[0, 0]
 
-        def backward_row(text_sums: Array, row: Array) -> tuple[Array, Array]:
-            images = _cut(image, row, height)
+        def backward_rows(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            images = blocks.take(image, i)
 
-            def backward(sums: tuple[Array, Array], column: Array) -> tuple[tuple[Array, Array], None]:
-                image_sums, text_sums = sums
-                texts = _cut(text, column, width)
-                block = images @ texts.T
-                added = _cut(text_sums, column, width) + block.T @ images
-                return (image_sums + block @ texts, _paste(text_sums, added, column)), None
+            def backward(j: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+                texts = blocks.take(text, j)
+                scores = images @ texts.T
+                text_sums = blocks.put(sums[1], blocks.take(sums[1], j) + scores.T @ images, j)
+                return sums[0] + scores @ texts, text_sums
 
-            image_sums, text_sums = jax.lax.scan(backward, (jnp.zeros_like(images), text_sums), starts[1])[0]
-            return text_sums, image_sums
+            image_sums, text_sums = jax.lax.fori_loop(0, blocks.count, backward, (jnp.zeros_like(images), sums[1]))
+            return blocks.put(sums[0], image_sums, i), text_sums
 
-        order = [at.reshape(-1) for at in jnp.meshgrid(*starts, indexing="ij")]
-        total = jax.lax.scan(forward, jnp.zeros((), image.dtype), (order[0], order[1]))[0]
-        text_sums, image_sums = jax.lax.scan(backward_row, jnp.zeros_like(text), starts[0])
-        return total, image_sums, text_sums
+        total = jax.lax.fori_loop(0, blocks.count**2, forward, jnp.zeros((), image.dtype))
+        sums = jax.lax.fori_loop(0, blocks.count, backward_rows, (jnp.zeros_like(image), jnp.zeros_like(text)))
+        return total, *sums
 
     return program
 
 
-def gram_products(rows: int) -> Callable[..., tuple[Float[Array, "b d"], Float[Array, "b d"]]]:
-    """Two Gram matrices of all rows, and the rows times them: 8 B D^2 operations in blocks of rows."""
+def symmetric_products(size: int) -> Callable[..., tuple[Array, ...]]:
+    """For each array, one walk over half of the pairs of its own rows: 3 products of B^2 D / 2 each."""
+
+    def one(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        blocks = _Blocks(len(x), min(size, len(x)))
+
+        def rows(i: Array, sums: Array) -> Array:
+            first = blocks.take(x, i)
+
+            def columns(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                second = blocks.take(x, j)
+                scores = first @ second.T
+                sums = blocks.put(carry[1], blocks.take(carry[1], j) + scores.T @ first, j)
+                return carry[0] + scores @ second, sums
+
+            own, sums = jax.lax.fori_loop(i, blocks.count, columns, (jnp.zeros_like(first), sums))
+            return blocks.put(sums, blocks.take(sums, i) + own, i)
+
+        return jax.lax.fori_loop(0, blocks.count, rows, jnp.zeros_like(x))
+
+    return lambda *arrays: tuple(one(x) for x in arrays)
+
+
+def gram_products(size: int) -> Callable[..., tuple[Array, Array]]:
+    """Two Gram matrices of all rows, and the rows times them, in blocks of rows: 4 products of B D^2."""
 
     def program(image: Float[Array, "b d"], text: Float[Array, "b d"], *_: Any) -> tuple[Array, Array]:
-        height = min(rows, len(image))
-        starts = jnp.arange(-(-len(image) // height)) * height
+        blocks = _Blocks(len(image), min(size, len(image)))
 
-        def forward(grams: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
-            images, texts = _cut(image, start, height), _cut(text, start, height)
-            return (grams[0] + images.T @ images, grams[1] + texts.T @ texts), None
+        def forward(i: Array, grams: tuple[Array, Array]) -> tuple[Array, Array]:
+            images, texts = blocks.take(image, i), blocks.take(text, i)
+            return grams[0] + images.T @ images, grams[1] + texts.T @ texts
 
-        def backward(sums: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
-            images, texts = _cut(image, start, height), _cut(text, start, height)
-            return (_paste(sums[0], images @ grams[1], start), _paste(sums[1], texts @ grams[0], start)), None
+        def backward(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            images, texts = blocks.take(image, i), blocks.take(text, i)
+            return blocks.put(sums[0], images @ grams[1], i), blocks.put(sums[1], texts @ grams[0], i)
 
         empty = jnp.zeros((image.shape[1],) * 2, image.dtype)
-        grams = jax.lax.scan(forward, (empty, empty), starts)[0]
-        return jax.lax.scan(backward, (jnp.zeros_like(image), jnp.zeros_like(text)), starts)[0]
+        grams = jax.lax.fori_loop(0, blocks.count, forward, (empty, empty))
+        return jax.lax.fori_loop(0, blocks.count, backward, (jnp.zeros_like(image), jnp.zeros_like(text)))
 
     return program
 
@@ -83,9 +105,19 @@ def read_maps(student: Float[Array, "b hs q k"], teacher: Float[Array, "b ht q k
     return student + jnp.sum(teacher, axis=1, keepdims=True)
 
 
-def _cut(x: Float[Array, "b d"], start: Array, size: int) -> Float[Array, "n d"]:
-    return jax.lax.dynamic_slice_in_dim(x, start, size)
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of rows; the last begins early where they do not divide."""
 
+    length: int
+    size: int
 
-def _paste(x: Float[Array, "b d"], block: Float[Array, "n d"], start: Array) -> Float[Array, "b d"]:
-    return jax.lax.dynamic_update_slice_in_dim(x, block, start, 0)
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.size)
+
+    def take(self, x: Float[Array, "b d"], i: Array) -> Float[Array, "n d"]:
+        return jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size)
+
+    def put(self, x: Float[Array, "b d"], block: Float[Array, "n d"], i: Array) -> Float[Array, "b d"]:
+        return jax.lax.dynamic_update_slice_in_dim(x, block, i * self.size, 0)

@@ -94,11 +94,15 @@ def gram_consistency(
     return (cross_modal_weight * cross_modal + in_modal_weight * in_modal) / len(image)
 
 
-def uniformity(embeds: Float[Array, "b d"]) -> Float[Array, ""]:
-    """The logarithm of the mean Gaussian kernel over a matrix of all pairs, in both orders and with the diagonal."""
-    squares = jnp.sum(jnp.square(embeds.astype(jnp.promote_types(embeds.dtype, jnp.float32))), axis=-1)
-    distances = jnp.maximum(squares[:, None] + squares - 2 * products(embeds, embeds), 0.0)
-    return jnp.log(jnp.mean(jnp.exp(-2 * distances)))
+def uniformity(image: Float[Array, "b d"], text: Float[Array, "b d"]) -> Float[Array, ""]:
+    """The Gaussian kernels of all pairs within each modality, in both orders and with the diagonal."""
+
+    def kernels(x: Float[Array, "b d"]) -> Float[Array, ""]:
+        squares = jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), axis=-1)
+        distances = jnp.maximum(squares[:, None] + squares - 2 * products(x, x), 0.0)
+        return jnp.sum(jnp.exp(-2 * distances))
+
+    return jnp.log((kernels(image) + kernels(text)) / len(image))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 if TYPE_CHECKING or util.find_spec("torch"):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself otherwise
     import torch
     from torch import Tensor
     from torch.nn import functional
@@ -89,9 +90,10 @@ def cyclip(image: "Tensor", text: "Tensor") -> "Tensor":
     return 0.25 * len(image) * (cross_modal + in_modal)
 
 
-def uniformity(image: "Tensor") -> "Tensor":
-    """The logarithm of the mean Gaussian kernel, with all pairs in both orders and the diagonal."""
-    return torch.cdist(image, image).square().mul(-2).exp().mean().log()
+def uniformity(image: "Tensor", text: "Tensor") -> "Tensor":
+    """The Gaussian kernels of all pairs within each modality, in both orders and with the diagonal."""
+    kernels = [torch.cdist(x, x).square().mul(-2).exp().sum() for x in (image, text)]
+    return ((kernels[0] + kernels[1]) / len(image)).log()
 
 
 def brownian_bridge(image: "Tensor", text: "Tensor", augmented: "Tensor") -> "Tensor":
