@@ -14,7 +14,7 @@ state takes a `memory` and returns `(loss, memory)`. Embeddings are used as give
 """
 
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
-from repkit.losses.contrastive import info_nce
+from repkit.losses.contrastive import info_nce, sigmoid_contrastive
 from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import LogPartitionMemory, gamma_contrastive, init_memory, sample_rates
 from repkit.losses.geometry import geometric_consistency
@@ -32,4 +32,5 @@ __all__ = [
     "info_nce",
     "init_memory",
     "sample_rates",
+    "sigmoid_contrastive",
 ]

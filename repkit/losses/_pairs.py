@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from repkit.losses.form import Blocks
-from repkit.numerics import AxisName, mask_rows, varying
+from repkit.numerics import AxisName, all_over, mask_rows, sum_over, varying
 
 Combine: TypeAlias = Literal["sum", "max"]
 
@@ -129,6 +129,24 @@ def block_size(rows: int, form: Blocks) -> int:
 def is_one_tile(rows: int, form: Blocks, axis_name: AxisName | None) -> bool:
     """Whether the pair matrix is one tile, so that its products are worth keeping for the backward walk."""
     return axis_name is None and block_size(rows, form) == rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients in the forward walk
+#
+# Where the slopes do not wait for a sum over all pairs, one walk can give the sums and the gradient, if it is known in
+# advance what the sums' cotangents will be up to a factor. They are what the rows' weights make of them, whenever the
+# loss is reduced to a weighted sum or mean. A backward rule checks that, and walks again where it was not so.
+
+
+def foreseen_factor(
+    cotangents: Float[Array, "..."], foreseen: Float[Array, "..."], axis_name: AxisName | None
+) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """The factor between cotangents and what was foreseen, of all devices, and whether there is one."""
+    squares = sum_over(jnp.sum(jnp.square(foreseen)), axis_name)
+    factor = sum_over(jnp.sum(cotangents * foreseen), axis_name) / jnp.where(squares > 0, squares, 1.0)
+    tolerance = 8 * jnp.finfo(foreseen.dtype).eps * jnp.abs(factor * foreseen)
+    return factor, all_over(jnp.all(jnp.abs(cotangents - factor * foreseen) <= tolerance), axis_name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Contrastive losses over the pairs of a batch."""
+"""Contrastive losses over the pairs of a batch: softmax (InfoNCE), sigmoid, decoupled and global."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from repkit.checks import require_arrays, require_choice
 from repkit.losses._pairs import embeddings
 from repkit.losses._partitions import pair_partitions, softmax_cross_entropy
+from repkit.losses._sigmoid import sigmoid_sums
 from repkit.losses.form import Blocks, Form, require_form
 from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss
 
@@ -90,4 +91,82 @@ def info_nce(
             losses = softmax_cross_entropy(of_images)
         case "text_to_image":
             losses = softmax_cross_entropy(of_texts)
+    return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+
+
+def sigmoid_contrastive(
+    image_embeds: Float[Array, "b d"],
+    text_embeds: Float[Array, "b d"],
+    *,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+    labels: Int[Array, " b"] | None = None,
+    form: Form = Blocks(),
+    where: Bool[Array, " b"] | None = None,
+    weights: Float[Array, " b"] | None = None,
+    axis_name: AxisName | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Array, ""] | Float[Array, " b"]:
+    """Binary cross-entropy of every pair on its own: does this text belong to this image (SigLIP's loss)?
+
+    With `s_ij = logit_scale <image_i, text_j> + logit_bias`, z_ij = 1 where the labels are equal (without labels: for
+    i = j) and -1 elsewhere, and j over all rows that `where` allows:
+
+        l_i = sum_j log(1 + exp(-z_ij s_ij))
+
+    There is no softmax, so that no pair's gradient depends on the other pairs.
+
+    Args:
+        image_embeds: [b d], normally of unit length; used as given.
+        text_embeds: [b d], row i belongs to row i of the images.
+        logit_scale: scalar that multiplies the inner products; may be learned. The paper starts at 10.
+        logit_bias: scalar that is added; may be learned. The paper starts at -10, because most pairs are negative.
+        labels: [b]; rows with equal labels are positives of one another, such as equal captions.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
+        where: [b]; False removes the row as anchor and as candidate.
+        weights: [b], >= 0; the share of image i in the mean. A row of weight 0 is still a candidate.
+        axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
+        reduction: "mean", "sum" or "none" for [b]; see `repkit.numerics.reduce_loss`.
+
+    Returns:
+        The loss in nats per image, at least float32; 0 with zero gradient for rows that are masked.
+
+    Raises:
+        InputError: shapes that do not fit together, or an unknown form or reduction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> embeds = jnp.eye(4)
+        >>> loss = sigmoid_contrastive(embeds, embeds, logit_scale=10.0, logit_bias=-5.0)
+        >>> print(f"{loss:.4f}")  # log(1 + exp(-5)) for the pair and for each of the 3 others
+        0.0269
+
+    References:
+        Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, eq. 1. The labels are ours.
+    """
+    require_arrays(
+        "sigmoid_contrastive",
+        {
+            "image_embeds": (image_embeds, "float b d"),
+            "text_embeds": (text_embeds, "float b d"),
+            "logit_scale": (logit_scale, "number"),
+            "logit_bias": (logit_bias, "number"),
+            "labels": (labels, "int b"),
+            "where": (where, "bool b"),
+            "weights": (weights, "float b"),
+        },
+    )
+    require_form("sigmoid_contrastive", form)
+    images, texts = embeddings(image_embeds, text_embeds, where=where)
+    losses = sigmoid_sums(
+        images,
+        texts,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        labels=labels,
+        where=where,
+        weights=weights,
+        form=form,
+        axis_name=axis_name,
+    )
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
