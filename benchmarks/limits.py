@@ -9,40 +9,49 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def pair_products(size: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """A loss over all pairs with its gradients, less the loss, in blocks of `size` rows on both sides.
+def pair_products(size: int) -> Callable[..., tuple[Array, Array]]:
+    """One walk over all pairs in blocks of `size` rows on both sides: 3 products of B^2 D.
 
-    One walk over the blocks of scores, and a second that computes them again and multiplies them with the block's rows
-    on both sides: 4 products of B^2 D. In one block the scores are kept: 3 products.
+    These are the scores, and what a gradient makes of them on both sides.
     """
 
-    def program(image: Float[Array, "b d"], text: Float[Array, "b d"], *_: Any) -> tuple[Array, Array, Array]:
-        if size >= len(image):
-            scores = image @ text.T
-            return scores[0, 0], scores @ text, scores.T @ image
-        blocks = _Blocks(len(image), size)
+    def program(image: Float[Array, "b d"], text: Float[Array, "b d"], *_: Any) -> tuple[Array, Array]:
+        blocks = _Blocks(len(image), min(size, len(image)))
 
-        def forward(pair: Array, total: Array) -> Array:
-            i, j = jnp.divmod(pair, blocks.count)
-            # Without the barrier the compiler would compute only the entry that is used.
-            scores = jax.lax.optimization_barrier(blocks.take(image, i) @ blocks.take(text, j).T)
-            return total + scores[0, 0]
-
-        def backward_rows(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        def rows(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             images = blocks.take(image, i)
 
-            def backward(j: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            def columns(j: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
                 texts = blocks.take(text, j)
                 scores = images @ texts.T
                 text_sums = blocks.put(sums[1], blocks.take(sums[1], j) + scores.T @ images, j)
                 return sums[0] + scores @ texts, text_sums
 
-            image_sums, text_sums = jax.lax.fori_loop(0, blocks.count, backward, (jnp.zeros_like(images), sums[1]))
+            image_sums, text_sums = jax.lax.fori_loop(0, blocks.count, columns, (jnp.zeros_like(images), sums[1]))
             return blocks.put(sums[0], image_sums, i), text_sums
 
-        total = jax.lax.fori_loop(0, blocks.count**2, forward, jnp.zeros((), image.dtype))
-        sums = jax.lax.fori_loop(0, blocks.count, backward_rows, (jnp.zeros_like(image), jnp.zeros_like(text)))
-        return total, *sums
+        return jax.lax.fori_loop(0, blocks.count, rows, (jnp.zeros_like(image), jnp.zeros_like(text)))
+
+    return program
+
+
+def pair_products_twice(size: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """A walk over all pairs that makes the scores alone before the one that makes all: 4 products of B^2 D.
+
+    A loss whose gradient needs sums over all pairs cannot do with less, unless it keeps the scores.
+    """
+
+    def program(image: Float[Array, "b d"], text: Float[Array, "b d"], *_: Any) -> tuple[Array, Array, Array]:
+        blocks = _Blocks(len(image), min(size, len(image)))
+
+        def scores(pair: Array, total: Array) -> Array:
+            i, j = jnp.divmod(pair, blocks.count)
+            # Without the barrier the compiler would compute only the entry that is used.
+            block = jax.lax.optimization_barrier(blocks.take(image, i) @ blocks.take(text, j).T)
+            return total + block[0, 0]
+
+        total = jax.lax.fori_loop(0, blocks.count**2, scores, jnp.zeros((), image.dtype))
+        return total, *pair_products(size)(image, text)
 
     return program
 

@@ -91,6 +91,11 @@ class Target:
 PAIR_MEMORY = {8192: memory(40), 16384: memory(64), 65536: memory(200)}
 """By rows; the same for all losses over pairs that are computed in blocks."""
 
+_SPEEDS_OF_GEOMETRY = {64: 250, 256: 40, 1024: 6}
+"""Of geometric consistency over its plain form with 4,096 rows, by width."""
+
+_MAPS = {"mse": (speed(3.5), smaller(20)), "kl": (speed(2.7), smaller(15))}
+
 TARGETS = (
     Target("info_nce", (512, 512), (speed(200, "optax ntxent"), smaller(400, "optax ntxent"))),
     Target("info_nce", (4096, 512), (of_limit(0.95, "products alone"),)),
@@ -103,12 +108,23 @@ TARGETS = (
         Target("gamma_contrastive", (rows, 512), (time_share(0.95, "info_nce"), most))
         for rows, most in PAIR_MEMORY.items()
     ),
-    *(
-        Target("geometric_consistency", (4096, width), (speed(times),))
-        for width, times in ((64, 250), (256, 40), (1024, 6))
-    ),
+    Target("sigmoid_contrastive", (4096, 512), (speed(1.0),)),
+    Target("sigmoid_contrastive", (8192, 512), (speed(1.0), PAIR_MEMORY[8192])),
+    Target("sigmoid_contrastive", (16384, 512), (speed(1.0), PAIR_MEMORY[16384])),
+    Target("sigmoid_contrastive", (65536, 512), (runs(), PAIR_MEMORY[65536])),
+    *(Target("geometric_consistency", (4096, width), (speed(times),)) for width, times in _SPEEDS_OF_GEOMETRY.items()),
     Target("geometric_consistency", (16384, 512), (speed(120), memory(20))),
     Target("geometric_consistency", (65536, 512), (runs(), memory(20))),
+    *(
+        target
+        for variant, figures in _MAPS.items()
+        for target in (
+            Target(f"attention_maps_{variant}", (32, 12, 6, 197, 197), figures),
+            Target(f"attention_maps_{variant}", (8, 16, 8, 577, 577), (speed(1.4), smaller(4))),
+            Target(f"attention_queries_keys_{variant}", (1, 12, 6, 4096, 64), (speed(2.5), smaller(50))),
+        )
+    ),
+    Target("uniformity", (8192, 512), (speed(1.8), smaller(8))),
     Target(
         "orthogonality_and_bridge",
         (65536, 512),

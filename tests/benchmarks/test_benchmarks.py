@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import accuracy, costs, limits, losses, measure, peers, plots, report, targets, torch_peers
-from benchmarks.cases import FAMILIES
+from benchmarks.cases import FAMILIES, VARIANTS
 from benchmarks.collectives import Collective, collectives
 from benchmarks.measure import Budget, Entrant, Problem
 
@@ -218,6 +218,11 @@ def test_torch_peers_have_the_value_and_the_gradients_of_our_loss(loss):
 PLAIN_FLOPS = {
     "info_nce": (peers.info_nce, [(256, 512)] * 2 + [()], costs.pair_flops(256, 512, products=3)),
     "cyclip": (peers.cyclip, [(256, 512)] * 2, costs.pair_flops(256, 512, products=9)),
+    "sigmoid_contrastive": (
+        peers.sigmoid_contrastive,
+        [(256, 512)] * 2 + [()] * 2,
+        costs.pair_flops(256, 512, products=3),
+    ),
     "uniformity": (peers.uniformity, [(256, 512)] * 2, costs.pair_flops(256, 512, products=6)),
 }
 
@@ -232,13 +237,26 @@ def test_the_stated_operations_are_those_that_the_compiler_counts(peer):
     assert flops <= counted <= 1.05 * flops
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_stated_operations_of_attention_are_those_that_the_compiler_counts(variant):
+    maps = [jax.ShapeDtypeStruct((2, heads, 32, 32), jnp.float32) for heads in (24, 48)]
+    plain = measure.value_and_gradients(functools.partial(peers.attention_maps, variant=variant), (0,))
+    counted = jax.jit(plain).lower(*maps).cost_analysis()["flops"]
+    assert 1 <= counted / costs.attention_map_flops(2, 48, 24, 32 * 32) <= 1.15
+    vectors = [jax.ShapeDtypeStruct((2, heads, 32, 128), jnp.float32) for heads in (24, 24, 48, 48)]
+    plain = measure.value_and_gradients(functools.partial(peers.attention_queries_keys, variant=variant), (0, 1))
+    counted = jax.jit(plain).lower(*vectors).cost_analysis()["flops"]
+    assert 1 <= counted / costs.plain_queries_keys_flops(2, 48, 24, 32, 128) <= 1.15
+
+
 @pytest.mark.parametrize("size", [6, 24])
 def test_limits_make_all_the_products(size):
     x, y = np.random.default_rng(0).normal(size=(2, 24, 5))
     scores, total, tolerance = x @ y.T, x.T @ x, {"rtol": 1e-4, "atol": 1e-4}
-    _, by_x, by_y = jit(limits.pair_products(size))(jnp.asarray(x), jnp.asarray(y))
-    np.testing.assert_allclose(by_x, scores @ y, **tolerance)
-    np.testing.assert_allclose(by_y, scores.T @ x, **tolerance)
+    for program in (limits.pair_products, limits.pair_products_twice):
+        *_, by_x, by_y = jit(program(size))(jnp.asarray(x), jnp.asarray(y))
+        np.testing.assert_allclose(by_x, scores @ y, **tolerance)
+        np.testing.assert_allclose(by_y, scores.T @ x, **tolerance)
     by_x, by_y = jit(limits.gram_products(size))(jnp.asarray(x), jnp.asarray(y))
     np.testing.assert_allclose(by_x, x @ (y.T @ y), **tolerance)
     np.testing.assert_allclose(by_y, y @ total, **tolerance)
