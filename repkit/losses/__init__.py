@@ -13,10 +13,11 @@ state takes a `memory` and returns `(loss, memory)`. Embeddings are used as give
 (`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all of these.
 """
 
+from repkit.losses._memory import LogPartitionMemory, init_memory
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
-from repkit.losses.contrastive import info_nce, sigmoid_contrastive
+from repkit.losses.contrastive import decoupled_contrastive, global_contrastive, info_nce, sigmoid_contrastive
 from repkit.losses.form import Blocks, Form
-from repkit.losses.gamma import LogPartitionMemory, gamma_contrastive, init_memory, sample_rates
+from repkit.losses.gamma import gamma_contrastive, sample_rates
 from repkit.losses.geometry import geometric_consistency
 from repkit.losses.separation import feature_separation
 
@@ -26,9 +27,11 @@ __all__ = [
     "LogPartitionMemory",
     "brownian_bridge",
     "brownian_bridge_path",
+    "decoupled_contrastive",
     "feature_separation",
     "gamma_contrastive",
     "geometric_consistency",
+    "global_contrastive",
     "info_nce",
     "init_memory",
     "sample_rates",

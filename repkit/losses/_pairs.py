@@ -145,7 +145,8 @@ def foreseen_factor(
     """The factor between cotangents and what was foreseen, of all devices, and whether there is one."""
     squares = sum_over(jnp.sum(jnp.square(foreseen)), axis_name)
     factor = sum_over(jnp.sum(cotangents * foreseen), axis_name) / jnp.where(squares > 0, squares, 1.0)
-    tolerance = 8 * jnp.finfo(foreseen.dtype).eps * jnp.abs(factor * foreseen)
+    # The difference between the two ways of rounding, of exponents up to 100.
+    tolerance = 200 * jnp.finfo(foreseen.dtype).eps * jnp.abs(factor * foreseen)
     return factor, all_over(jnp.all(jnp.abs(cotangents - factor * foreseen) <= tolerance), axis_name)
 
 

@@ -119,6 +119,67 @@ CASES = {
         scalars={"logit_scale": 3.0},
         options=lambda: {"direction": "text_to_image"},
     ),
+    "info_nce, in odd blocks": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": losses.Blocks(5, exchange="gather")},
+        mistakes=(
+            ({"form": "blocks"}, "expected form to be losses.Blocks(...) or 'plain', got 'blocks'"),
+            ({"form": losses.Blocks(0)}, "expected form.size >= 1"),
+            ({"form": losses.Blocks(exchange="rng")}, "did you mean 'ring'"),
+        ),
+    ),
+    "info_nce, large scores": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 300.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": losses.Blocks(5)},
+    ),
+    "info_nce, plain": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": "plain"},
+    ),
+    "decoupled_contrastive": Case(
+        losses.decoupled_contrastive,
+        PAIR,
+        lambda now, held: reference.decoupled_contrastive(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        mistakes=(({"direction": "text_to_img"}, "did you mean 'text_to_image'"),),
+    ),
+    "sigmoid_contrastive": Case(
+        losses.sigmoid_contrastive,
+        PAIR,
+        lambda now, held: reference.sigmoid_contrastive(**now),
+        scalars={"logit_scale": 3.0, "logit_bias": -2.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": losses.Blocks(5)},
+    ),
+    "sigmoid_contrastive, plain": Case(
+        losses.sigmoid_contrastive,
+        PAIR,
+        lambda now, held: reference.sigmoid_contrastive(**now),
+        scalars={"logit_scale": 3.0, "logit_bias": -2.0},
+        options=lambda: {"form": "plain"},
+    ),
+    "global_contrastive": Case(
+        losses.global_contrastive,
+        PAIR,
+        lambda now, held: reference.global_contrastive(**now, memory=MEMORY_REFERENCE, memory_rate=0.3, held=held),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS, "example_id": EXAMPLE_IDS},
+        options=lambda: {"memory": memory(), "memory_rate": 0.3},
+        mistakes=(({"memory_rate": None}, "a memory needs memory_rate"),),
+    ),
     "gamma_contrastive": Case(
         losses.gamma_contrastive,
         PAIR,
@@ -159,6 +220,29 @@ CASES = {
         scalars={"logit_scale": 3.0},
         rows={"example_id": EXAMPLE_IDS},
         options=lambda: {"memory": memory(), "memory_rate": 1.0, "draw": "expected", "positive_weight": 0.0},
+    ),
+    "gamma_contrastive, previous rates": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(memory=MEMORY_REFERENCE, memory_rate=0.3, rates_from="previous"),
+        scalars={"logit_scale": 3.0},
+        rows={"example_id": EXAMPLE_IDS},
+        options=lambda: {
+            "memory": memory(),
+            "memory_rate": 0.3,
+            "rates_from": "previous",
+            "form": losses.Blocks(5),
+            "key": make_key(),
+        },
+        mistakes=(({"rates_from": "update"}, "did you mean 'updated'"),),
+    ),
+    "gamma_contrastive, previous rates of known examples": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(memory=MEMORY_REFERENCE, memory_rate=0.3, rates_from="previous", draw="expected"),
+        scalars={"logit_scale": 3.0},
+        rows={"example_id": np.flatnonzero(MEMORY_VISITED)[:B].astype(np.int32)},
+        options=lambda: {"memory": memory(), "memory_rate": 0.3, "rates_from": "previous", "draw": "expected"},
     ),
     "feature_separation": Case(
         losses.feature_separation,
@@ -222,6 +306,9 @@ CASES = {
 # Where a test is about a loss and not about its options, the first case of each loss stands for it: one that draws, if
 # the loss can.
 LOSSES = {case.loss.__name__: case for case in reversed(CASES.values())}
+
+# Cases whose placements over devices differ from the first case's of their loss.
+PLACED = [name for name, case in CASES.items() if "form" in case.options() or case is LOSSES[case.loss.__name__]]
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
@@ -567,13 +654,15 @@ def _placements(case: Case) -> dict[str, Callable[..., Any]]:
         return gradient, memory
 
     def shard_map(inputs, rows, where, weights):
-        """Differentiated outside of shard_map, with its default checks."""
-        specs = {name: P(AXIS) if name in case.arrays else P() for name in inputs}
+        """Differentiated outside of shard_map, with its default checks, over two axes of a mesh."""
+        axes = ("data", "fsdp")
+        grid = jax.make_mesh((jax.device_count() // 2, 2), axes, axis_types=(AxisType.Auto,) * 2)
+        specs = {name: P(axes) if name in case.arrays else P() for name in inputs}
 
         def mean(inputs, rows, where, weights):
-            return call(case, inputs, rows, where=where, weights=weights, axis_name=AXIS)
+            return call(case, inputs, rows, where=where, weights=weights, axis_name=axes)
 
-        mapped = jax.shard_map(mean, mesh=mesh, in_specs=(specs, P(AXIS), P(AXIS), P(AXIS)), out_specs=(P(), P()))
+        mapped = jax.shard_map(mean, mesh=grid, in_specs=(specs, P(axes), P(axes), P(axes)), out_specs=(P(), P()))
         return jit(jax.grad(mapped, has_aux=True))(inputs, rows, where, weights)
 
     return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map}
@@ -626,11 +715,11 @@ def _assert_same(got: Any, wanted: Any, placement: str, rtol: float) -> None:
     jax.tree.map_with_path(compare, got, wanted)
 
 
-@every_loss
+@pytest.mark.parametrize("name", PLACED)
 @pytest.mark.usefixtures("float64")
 def test_gradient_and_memory_are_the_same_on_eight_devices(name):
     assert jax.device_count() == 8
-    case, where, weights = LOSSES[name], make_mask(), make_weights()
+    case, where, weights = CASES[name], make_mask(), make_weights()
     inputs, rows = make_inputs(case), dict(case.rows)
     (_, memory), gradient = jax.device_get(compiled(_case_name(case))(inputs, rows, where, weights))
     for placement, evaluate in _placements(case).items():
