@@ -64,7 +64,7 @@ def info_nce(rows: int, width: int) -> Problem:
             Entrant(name="optax cross-entropy", role="peer", function=peers.optax_cross_entropy),
             Entrant(name="optax ntxent", role="peer", function=peers.optax_ntxent),
             _torch(torch_peers.clip, floats=6 * rows**2, flops=costs.pair_flops(rows, width, products=6)),
-            _softmax_limit(rows, width),
+            _pair_limit(rows, _softmax_flops(rows, width), products=_softmax_products(rows)),
         ),
     )
 
@@ -88,38 +88,53 @@ def decoupled_contrastive(rows: int, width: int) -> Problem:
             ),
             _plain(peers.decoupled_contrastive, flops=costs.pair_flops(rows, width, products=3)),
             _our_info_nce(rows, width),
-            _softmax_limit(rows, width),
+            _pair_limit(rows, _softmax_flops(rows, width), products=_softmax_products(rows)),
         ),
     )
 
 
-def gamma_contrastive(rows: int, width: int) -> Problem:
-    """With a memory and sampled rates, against our plain form and our InfoNCE."""
+def gamma_contrastive(rows: int, width: int, *, rates_from: Literal["updated", "previous"]) -> Problem:
+    """With a memory that knows all rows and sampled rates, against our plain form and our InfoNCE."""
 
     def loss(image: Any, text: Any, scale: Any, memory: Any, example_id: Any, key: Any, *, form: losses.Form) -> Any:
         return losses.gamma_contrastive(
-            image, text, logit_scale=scale, memory=memory, example_id=example_id, memory_rate=0.9, form=form, key=key
+            image,
+            text,
+            logit_scale=scale,
+            memory=memory,
+            example_id=example_id,
+            memory_rate=0.9,
+            rates_from=rates_from,
+            form=form,
+            key=key,
         )
 
-    return _with_memory("gamma_contrastive", rows, width, loss)
+    name = f"gamma_contrastive_{rates_from}"
+    return _with_memory(name, rows, width, loss, products=3 if rates_from == "previous" else _softmax_products(rows))
 
 
 def global_contrastive(rows: int, width: int) -> Problem:
-    """Against our plain form and our InfoNCE."""
+    """With a memory that knows all rows, against our plain form and our InfoNCE."""
 
     def loss(image: Any, text: Any, scale: Any, memory: Any, example_id: Any, _: Any, *, form: losses.Form) -> Any:
         return losses.global_contrastive(
             image, text, logit_scale=scale, memory=memory, example_id=example_id, memory_rate=0.9, form=form
         )
 
-    return _with_memory("global_contrastive", rows, width, loss)
+    return _with_memory("global_contrastive", rows, width, loss, products=_softmax_products(rows))
 
 
-def _with_memory(name: str, rows: int, width: int, loss: Callable[..., Any]) -> Problem:
+def _with_memory(name: str, rows: int, width: int, loss: Callable[..., Any], *, products: int) -> Problem:
     def arrays(dtype: str) -> Arrays:
-        memory = losses.init_memory(4 * rows)
+        size = 4 * rows
+        # About the partition of random embeddings, so that nothing is at its bound.
+        log_partition = jnp.full(size, jnp.log(size), jnp.float32)
+        memory = losses.init_memory(size)._replace(
+            image_to_text=log_partition, text_to_image=log_partition, visited=jnp.ones(size, bool)
+        )
         return *embeddings(2, rows, width, dtype), jnp.float32(LOGIT_SCALE), memory, jnp.arange(rows), jax.random.key(0)
 
+    flops = costs.pair_flops(rows, width, products=products)
     return Problem(
         loss=name,
         shape={"rows": rows, "width": width},
@@ -128,12 +143,12 @@ def _with_memory(name: str, rows: int, width: int, loss: Callable[..., Any]) -> 
         entrants=(
             _ours(
                 functools.partial(loss, form=losses.Blocks()),
-                flops=_softmax_flops(rows, width),
+                flops=flops,
                 traffic=costs.pair_traffic(rows, width),
             ),
             _plain(functools.partial(loss, form="plain"), flops=costs.pair_flops(rows, width, products=3)),
             _our_info_nce(rows, width),
-            _softmax_limit(rows, width),
+            _pair_limit(rows, flops, products=products),
         ),
     )
 
@@ -160,7 +175,7 @@ def sigmoid_contrastive(rows: int, width: int) -> Problem:
             ),
             _plain(peers.sigmoid_contrastive, flops=flops),
             _torch(torch_peers.siglip, floats=6 * rows**2, flops=flops),
-            _products_alone(limits.pair_products(block_size(rows, losses.Blocks())), flops),
+            _pair_limit(rows, flops, products=3),
         ),
     )
 
@@ -423,9 +438,9 @@ def _softmax_flops(rows: int, width: int) -> float:
     return costs.pair_flops(rows, width, products=_softmax_products(rows))
 
 
-def _softmax_limit(rows: int, width: int) -> Entrant:
-    program = limits.pair_products if _softmax_products(rows) == 3 else limits.pair_products_twice
-    return _products_alone(program(block_size(rows, losses.Blocks())), _softmax_flops(rows, width))
+def _pair_limit(rows: int, flops: float, *, products: int) -> Entrant:
+    program = limits.pair_products if products == 3 else limits.pair_products_twice
+    return _products_alone(program(block_size(rows, losses.Blocks())), flops)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,7 +483,12 @@ FAMILIES = {
     "info_nce": Family(info_nce, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "decoupled_contrastive": Family(decoupled_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "global_contrastive": Family(global_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
-    "gamma_contrastive": Family(gamma_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
+    **{
+        f"gamma_contrastive_{order}": Family(
+            functools.partial(gamma_contrastive, rates_from=order), _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS
+        )
+        for order in ("updated", "previous")
+    },
     "sigmoid_contrastive": Family(sigmoid_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "uniformity": Family(uniformity, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "geometric_consistency": Family(

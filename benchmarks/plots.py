@@ -19,7 +19,7 @@ from benchmarks.report import MIB, read
 from repkit.plots import BLUE, DPI, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILION
 
 FIGURES = {
-    "pair_losses": ("info_nce", "gamma_contrastive", "sigmoid_contrastive", "uniformity"),
+    "pair_losses": ("info_nce", "gamma_contrastive_previous", "sigmoid_contrastive", "uniformity"),
     "geometric_consistency": ("geometric_consistency",),
 }
 """File to the losses drawn in it, from left to right."""

@@ -103,10 +103,10 @@ TARGETS = (
     Target("info_nce", (8192, 512), (speed(1.0), speed(3.0, "torch"), PAIR_MEMORY[8192])),
     Target("info_nce", (16384, 512), (speed(2.0), PAIR_MEMORY[16384])),
     Target("info_nce", (65536, 512), (runs(), PAIR_MEMORY[65536])),
-    Target("gamma_contrastive", (4096, 512), (time_share(0.95, "info_nce"),)),
     *(
-        Target("gamma_contrastive", (rows, 512), (time_share(0.95, "info_nce"), most))
-        for rows, most in PAIR_MEMORY.items()
+        Target(f"gamma_contrastive_{order}", (rows, 512), (time_share(0.95, "info_nce"), *figures))
+        for order in ("updated", "previous")
+        for rows, figures in ((4096, ()), *((rows, (most,)) for rows, most in PAIR_MEMORY.items()))
     ),
     Target("sigmoid_contrastive", (4096, 512), (speed(1.0),)),
     Target("sigmoid_contrastive", (8192, 512), (speed(1.0), PAIR_MEMORY[8192])),
