@@ -19,6 +19,7 @@ from repkit.losses.contrastive import decoupled_contrastive, global_contrastive,
 from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import gamma_contrastive, sample_rates
 from repkit.losses.geometry import geometric_consistency
+from repkit.losses.mesh import over_mesh
 from repkit.losses.separation import feature_separation
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "global_contrastive",
     "info_nce",
     "init_memory",
+    "over_mesh",
     "sample_rates",
     "sigmoid_contrastive",
 ]

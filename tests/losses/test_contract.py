@@ -665,7 +665,15 @@ def _placements(case: Case) -> dict[str, Callable[..., Any]]:
         mapped = jax.shard_map(mean, mesh=grid, in_specs=(specs, P(axes), P(axes), P(axes)), out_specs=(P(), P()))
         return jit(jax.grad(mapped, has_aux=True))(inputs, rows, where, weights)
 
-    return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map}
+    def over_mesh(inputs, rows, where, weights):
+        split = dataclasses.replace(case, loss=losses.over_mesh(case.loss, mesh, AXIS))
+
+        def mean(inputs):
+            return call(split, inputs, rows, where=where, weights=weights)
+
+        return jit(jax.grad(mean, has_aux=True))(inputs)
+
+    return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map, "over_mesh": over_mesh}
 
 
 def _pmap_gradients(case: Case, inputs: Any, rows: Any, where: Any, weights: Any) -> dict[str, Any]:
