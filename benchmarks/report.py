@@ -74,7 +74,7 @@ def figure_lines(row: Row) -> list[tuple[str, str, str, str]]:
     verdict = {True: "yes", False: "NO", None: "not measured"}
     return [
         (
-            title(row) if row["kind"] == "time" else f"{title(row)}, {row['devices']} devices",
+            title(row) if row["kind"] == "time" else f"{title(row)}, {row['devices']} devices, {row['placement']}",
             figure["asked"],
             "-" if figure["measured"] is None else f"{figure['measured']:.3g}",
             verdict[figure["met"]],

@@ -5,7 +5,7 @@ Ratios are of one run on one machine; memory is what the compiler sets aside for
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks import collectives
 from benchmarks.cases import FAMILIES, Shape
@@ -138,24 +138,26 @@ class ShardedTarget:
     """What a loss may exchange and hold on each of the devices that its rows are split over.
 
     Attributes:
+        placement: who says what is exchanged.
         reduced: D x D matrices that its one all-reduce may hold.
         mib: temporary memory per device.
     """
 
     loss: str
+    placement: collectives.Placement
     shape: tuple[int, int]
     reduced: int
     mib: float
 
     @property
     def name(self) -> str:
-        """Such as geometric_consistency_sharded/32768x512."""
-        return f"{self.loss}_sharded/{'x'.join(map(str, self.shape))}"
+        """Such as geometric_consistency_jit/32768x512."""
+        return f"{self.loss}_{self.placement}/{'x'.join(map(str, self.shape))}"
 
     def judged(self, *, smoke: bool) -> Row:
         """A row of what is exchanged and held, and how it is judged."""
         rows, width = map(min, self.shape, FAMILIES[self.loss].smallest) if smoke else self.shape
-        found = collectives.in_subprocess(self.loss, rows, width)
+        found = collectives.in_subprocess(self.loss, self.placement, rows, width)
         return {
             "kind": "sharded",
             "loss": self.loss,
@@ -185,4 +187,7 @@ class ShardedTarget:
         )
 
 
-SHARDED_TARGETS = (ShardedTarget("geometric_consistency", (32768, 512), reduced=3, mib=40),)
+SHARDED_TARGETS = tuple(
+    ShardedTarget("geometric_consistency", placement, (32768, 512), reduced=3, mib=40)
+    for placement in get_args(collectives.Placement)
+)
