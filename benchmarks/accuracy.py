@@ -182,10 +182,41 @@ def _geometric_situation(name: str, image: np.ndarray, text: np.ndarray, weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Attention alignment: each teacher head approaches a student head
+
+
+def attention_situations(examples: int, teacher_heads: int, student_heads: int, length: int) -> Iterator[Situation]:
+    """At a temperature that picks one student head, so that the residual is what the teacher's head adds to it."""
+    random = np.random.default_rng(2)
+    logits = 2 * random.normal(size=(examples, student_heads, length, length))
+    student = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    nearest = student[:, np.arange(teacher_heads) % student_heads]
+    noise = random.uniform(-np.sqrt(3), np.sqrt(3), size=nearest.shape)
+    options = {"temperature": 0.02}
+    for residual in (1e-2, 1e-4, 1e-6, 1e-8, 1e-10):
+        yield Situation(
+            loss="attention_maps_mse",
+            name=f"relative residual near {residual:g}",
+            arrays=(student, nearest * (1 + np.sqrt(residual) * noise)),
+            learned=1,
+            scalars=0,
+            reference=functools.partial(peers.attention_maps, variant="mse", **options),
+            forms={
+                "repkit": lambda student, teacher: losses.attention_map_alignment(
+                    student, teacher, variant="mse", **options
+                ),
+                "plain": functools.partial(peers.attention_maps, variant="mse", **options),
+                "Gram": functools.partial(peers.gram_attention_maps, **options),
+            },
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 SITUATIONS: dict[str, Callable[[bool], Iterator[Situation]]] = {
     "info_nce": lambda smoke: info_nce_situations(*((48, 16) if smoke else (512, 64))),
     "geometric_consistency": lambda smoke: geometric_situations(*((48, 16) if smoke else (1500, 64))),
+    "attention_maps_mse": lambda smoke: attention_situations(*((2, 3, 2, 8) if smoke else (4, 12, 6, 64))),
 }
 
 

@@ -112,12 +112,17 @@ Variant = Literal["mse", "kl"]
 
 
 def attention_maps(
-    student: Float[Array, "b hs q k"], teacher: Float[Array, "b ht q k"], *, variant: Variant
+    student: Float[Array, "b hs q k"],
+    teacher: Float[Array, "b ht q k"],
+    *,
+    variant: Variant,
+    temperature: float = 1.0,
 ) -> Float[Array, ""]:
     """Attention alignment, with the aligned maps in memory."""
     student, teacher = _flat(student), _flat(teacher)
     unit_student, unit_teacher = _unit(student), _unit(teacher)
-    weights = jax.nn.softmax(jnp.einsum("bin,bjn->bij", unit_teacher, unit_student), axis=-1)
+    cosines = jnp.einsum("bin,bjn->bij", unit_teacher, unit_student)
+    weights = jax.nn.softmax(cosines / temperature, axis=-1)
     if variant == "mse":
         return _squared_distance(unit_teacher, jnp.einsum("bij,bjn->bin", weights, unit_student))
     return _divergence(_shares(teacher), jnp.einsum("bij,bjn->bin", weights, _shares(student)))
