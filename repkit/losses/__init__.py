@@ -4,27 +4,41 @@
 |---|---|
 | one space for pairs of two modalities, with large batches | `info_nce` |
 | the same with small batches: a gradient that does not depend on the batch size | `gamma_contrastive` |
+| the same, by a moving average and without sampling | `global_contrastive` |
+| every pair judged on its own, without a softmax | `sigmoid_contrastive` |
+| a contrast that keeps pushing pairs that are well separated | `decoupled_contrastive` |
+| two views of one modality | `in_modal_info_nce` |
+| negatives for image-text matching | `hard_negatives` |
 | beside it, room for what only one modality knows | `feature_separation` |
 | beside it, augmented views on a path between the two modalities | `brownian_bridge`, `brownian_bridge_path` |
 | beside it, the same arrangement of the batch in both modalities | `geometric_consistency` |
 
-Every loss is called as `loss(arrays, ..., *, hyper-parameters, key, where, weights, axis_name, reduction)`; one with
-state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
-(`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all of these.
+Every loss is called as `loss(arrays, ..., *, hyper-parameters, form, key, where, weights, axis_name, reduction)`; one
+with state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
+(`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all of these. No matrix of all pairs is
+ever held, unless `form="plain"` asks for the formula as it reads; `over_mesh` splits a loss over devices.
 """
 
 from repkit.losses._memory import LogPartitionMemory, init_memory
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
-from repkit.losses.contrastive import decoupled_contrastive, global_contrastive, info_nce, sigmoid_contrastive
+from repkit.losses.contrastive import (
+    decoupled_contrastive,
+    global_contrastive,
+    in_modal_info_nce,
+    info_nce,
+    sigmoid_contrastive,
+)
 from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import gamma_contrastive, sample_rates
 from repkit.losses.geometry import geometric_consistency
+from repkit.losses.matching import HardNegatives, hard_negatives
 from repkit.losses.mesh import over_mesh
 from repkit.losses.separation import feature_separation
 
 __all__ = [
     "Blocks",
     "Form",
+    "HardNegatives",
     "LogPartitionMemory",
     "brownian_bridge",
     "brownian_bridge_path",
@@ -33,6 +47,8 @@ __all__ = [
     "gamma_contrastive",
     "geometric_consistency",
     "global_contrastive",
+    "hard_negatives",
+    "in_modal_info_nce",
     "info_nce",
     "init_memory",
     "over_mesh",

@@ -23,6 +23,7 @@ from repkit.losses._pairs import (
     pair_products,
     row_products,
     row_sums,
+    unless,
     walk_pairs,
 )
 from repkit.losses.form import Blocks, Form
@@ -36,7 +37,6 @@ from repkit.numerics import (
     row_indices,
     row_mask,
     rows_over,
-    safe_norm,
     sum_over,
     varying,
 )
@@ -197,8 +197,7 @@ def _plain_scores(
     kinds = _kinds(identity, jax.tree.map(lambda x: rows_over(x, axis_name), identity))
     allowed = valid[:, None] & rows_over(valid, axis_name)[None, :]
 
-    def sums(anchors: Array, candidates: Array) -> _Sums:
-        logits = scale * pair_products(anchors, rows_over(candidates, axis_name))
+    def sums(logits: Float[Array, "b B"]) -> _Sums:
         negatives = masked_logsumexp(logits, allowed & kinds.negative)
         if kinds.positive is None:
             return _Sums(negatives, None)
@@ -207,7 +206,11 @@ def _plain_scores(
         total = jnp.sum(jnp.where(positive, logits, 0.0), axis=-1)
         return _Sums(negatives, Positives(count, masked_logsumexp(logits, positive), total))
 
-    return _Scores(scale * row_products(images, texts), sums(images, texts), sums(texts, images))
+    logits = scale * pair_products(images, rows_over(texts, axis_name))
+    # The other direction is the transpose, of which each device has its own rows only where it has all of them.
+    is_whole = axis_name is None
+    transposed = logits.T if is_whole else scale * pair_products(texts, rows_over(images, axis_name))
+    return _Scores(scale * row_products(images, texts), sums(logits), sums(transposed))
 
 
 class _Kinds(NamedTuple):
@@ -291,7 +294,9 @@ def _forward(
     products = pair_products(images.embeds, texts.embeds) if is_kept else None
     walk = functools.partial(walk_pairs, form=form, axis_name=axis_name, products=products)
 
-    longest = [largest_over(jnp.max(safe_norm(side.embeds.astype(scale.dtype))), axis_name) for side in (images, texts)]
+    # Squares that overflow make the shift infinite, which is not trusted; those that underflow do not matter.
+    squares = [largest_over(jnp.max(row_products(x, x)), axis_name) for x in (images.embeds, texts.embeds)]
+    longest = [jnp.sqrt(square) for square in squares]
     # Below the headroom nothing is subtracted: small scores keep their digits.
     shift = jnp.maximum(jnp.abs(scale) * longest[0] * longest[1] - _HEADROOM, 0.0)
     shifts = _Shifts(shift, shift)
@@ -358,30 +363,33 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: _Scores) -> tu
     of_images, of_texts = (scores.of_images, cotangents.of_images), (scores.of_texts, cotangents.of_texts)
     slopes = [_fast_slopes(*of, shift) for of in (of_images, of_texts)]
 
-    def fast() -> Walk:
-        tile = functools.partial(_fast_slope_tile, scale, shift)
-        return walk(tile, _with(images, slopes[0]), _with(texts, slopes[1]))
+    def walk_now(one: Float[Array, ""]) -> Walk:
+        def fast() -> Walk:
+            tile = functools.partial(_fast_slope_tile, scale, shift)
+            rows, columns = jax.tree.map(lambda x: one * x, slopes)
+            return walk(tile, _with(images, rows), _with(texts, columns))
 
-    def exact() -> Walk:
-        return walk(functools.partial(_exact_slope_tile, scale), _with(images, of_images), _with(texts, of_texts))
+        def exact() -> Walk:
+            tile = functools.partial(_exact_slope_tile, scale)
+            (image_sums, image_cotangents), (text_sums, text_cotangents) = of_images, of_texts
+            rows, columns = jax.tree.map(lambda x: one * x, (image_cotangents, text_cotangents))
+            return walk(tile, _with(images, (image_sums, rows)), _with(texts, (text_sums, columns)))
 
-    def walk_now() -> Walk:
         return jax.lax.cond(is_trusted, fast, exact)
 
+    factor = one = jnp.ones_like(scale)
     if ahead is None:
-        gradients = walk_now()
+        gradients = walk_now(one)
     else:
         met, taken = (jnp.stack(each) for each in ([each.negatives for each in slopes], ahead.slopes))
         factor, is_met = foreseen_factor(met, taken, axis_name)
-        gradients = jax.lax.cond(
-            is_met & foreseen.is_known & is_trusted,
-            lambda: Walk(None, None, factor * ahead.row_gradient, factor * ahead.column_gradient),
-            walk_now,
-        )
+        is_met &= foreseen.is_known & is_trusted
+        factor = jnp.where(is_met, factor, one)
+        gradients = unless(is_met, walk_now, Walk(None, None, ahead.row_gradient, ahead.column_gradient))
     # Of the embeddings times the scale; each own pair's share is added while all is in float32.
     own = cotangents.own[:, None]
-    image_gradient = gradients.row_gradient + own * texts.embeds.astype(scale.dtype)
-    text_gradient = gradients.column_gradient + own * images.embeds.astype(scale.dtype)
+    image_gradient = factor * gradients.row_gradient + own * texts.embeds.astype(scale.dtype)
+    text_gradient = factor * gradients.column_gradient + own * images.embeds.astype(scale.dtype)
 
     def side(given: Side, gradient: Float[Array, "b d"]) -> Side:
         return Side((scale * gradient).astype(given.embeds.dtype), jnp.zeros_like(given.valid), None)

@@ -16,6 +16,7 @@ from repkit.losses._pairs import (
     pair_products,
     row_products,
     row_sums,
+    unless,
     walk_pairs,
 )
 from repkit.losses.form import Blocks, Form
@@ -85,19 +86,20 @@ def _backward(static, residuals, cotangents):
     cotangents = images.valid * cotangents
     factor, is_foreseen = foreseen_factor(cotangents, shares, axis_name)
 
-    def walk_again() -> Walk:
+    def walk_again(one: Float[Array, ""]) -> Walk:
         tile = functools.partial(_value_and_slope_tile, scale, bias)
-        rows = images._replace(extra=(labels, cotangents))
+        rows = images._replace(extra=(labels, one * cotangents))
         walk = walk_pairs(tile, rows, texts, form=form, axis_name=axis_name)
         return walk._replace(row_sums=walk.row_sums[1])
 
-    walk = jax.lax.cond(is_foreseen, lambda: jax.tree.map(lambda x: factor * x, foreseen), walk_again)
+    walk = unless(is_foreseen, walk_again, foreseen)
+    factor = jnp.where(is_foreseen, factor, 1.0)
 
     def side(given: Side, gradient: Float[Array, "b d"]) -> Side:
-        return Side((scale * gradient).astype(given.embeds.dtype), jnp.zeros_like(given.valid), None)
+        return Side((factor * scale * gradient).astype(given.embeds.dtype), jnp.zeros_like(given.valid), None)
 
-    of_scale = jnp.sum(row_products(images.embeds, walk.row_gradient))
-    of_bias = jnp.sum(images.valid * walk.row_sums)
+    of_scale = factor * jnp.sum(row_products(images.embeds, walk.row_gradient))
+    of_bias = factor * jnp.sum(images.valid * walk.row_sums)
     return side(images, walk.row_gradient), side(texts, walk.column_gradient), of_scale, of_bias
 
 

@@ -9,13 +9,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays, require_choice
 from repkit.losses._memory import LogPartitionMemory, bounded_exp, describe, look_up, remember, require_ids_and_rate
-from repkit.losses._pairs import embeddings
+from repkit.losses._pairs import embeddings, row_products
 from repkit.losses._partitions import Partition, mean_positive, pair_partitions, softmax_cross_entropy
 from repkit.losses._sigmoid import sigmoid_sums
 from repkit.losses.form import Blocks, Form, require_form
 from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, row_count, row_mask
 
 Direction: TypeAlias = Literal["symmetric", "image_to_text", "text_to_image"]
+Candidates: TypeAlias = Literal["augmented", "original"]
 
 
 def info_nce(
@@ -89,6 +90,81 @@ def info_nce(
         images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
     )
     losses = _in_direction(direction, softmax_cross_entropy, partitions)
+    return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+
+
+def in_modal_info_nce(
+    embeds: Float[Array, "b d"],
+    augmented_embeds: Float[Array, "b d"],
+    *,
+    logit_scale: Scalar,
+    candidates: Candidates = "augmented",
+    labels: Int[Array, " b"] | None = None,
+    form: Form = Blocks(),
+    where: Bool[Array, " b"] | None = None,
+    weights: Float[Array, " b"] | None = None,
+    axis_name: AxisName | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Array, ""] | Float[Array, " b"]:
+    """InfoNCE within one modality: each row against the augmented view of itself.
+
+    With rows z, their augmented views z^a, P_j the rows with the label of row j (without labels: j alone) and k over
+    all rows that `where` allows:
+
+        candidates = "augmented":  l_j = - 1/|P_j| sum_{p in P_j} log( exp(s <z_j, z_p^a>) / sum_k exp(s <z_j, z_k^a>) )
+        candidates = "original":   the same with z_p and z_k in the place of z_p^a and z_k^a for all p, k other than j
+
+    Args:
+        embeds: z [b d], normally of unit length; used as given.
+        augmented_embeds: z^a [b d].
+        logit_scale: scalar s > 0 that multiplies the inner products (1 / temperature); may be learned.
+        candidates: which views of the other rows a row is compared with.
+        labels: [b]; rows with equal labels are positives of one another.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
+        where: [b]; False removes the row as anchor and as candidate.
+        weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate.
+        axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
+        reduction: "mean", "sum" or "none" for [b]; see `repkit.numerics.reduce_loss`.
+
+    Returns:
+        The loss in nats, at least float32; 0 with zero gradient for rows that are masked.
+
+    Raises:
+        InputError: shapes that do not fit together, or an unknown choice of candidates, form or reduction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> views = jnp.eye(4)
+        >>> print(f"{in_modal_info_nce(views, views, logit_scale=2.0):.4f}")  # log(1 + 3 exp(-2))
+        0.3408
+
+    References:
+        Jiang et al., "Understanding and Constructing Latent Modality Structures in Multi-Modal Representation
+        Learning", CVPR 2023, arXiv 2303.05952: the terms V2V and T2T of L_Con. The paper prints the original views as
+        candidates; the augmented ones are those of CyCLIP's code, arXiv 2205.14459.
+    """
+    require_arrays(
+        "in_modal_info_nce",
+        {
+            "embeds": (embeds, "float b d"),
+            "augmented_embeds": (augmented_embeds, "float b d"),
+            "logit_scale": (logit_scale, "number"),
+            "labels": (labels, "int b"),
+            "where": (where, "bool b"),
+            "weights": (weights, "float b"),
+        },
+    )
+    require_choice("candidates", candidates, get_args(Candidates))
+    require_form("in_modal_info_nce", form)
+    views, augmented = embeddings(embeds, augmented_embeds, where=where)
+    others = augmented if candidates == "augmented" else views
+    partition, _ = pair_partitions(
+        views, others, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+    )
+    if candidates == "original":
+        own = row_products(views, augmented)
+        partition = partition._replace(own=jnp.asarray(logit_scale, own.dtype) * own)
+    losses = softmax_cross_entropy(partition)
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
 
 

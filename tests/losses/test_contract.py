@@ -61,6 +61,7 @@ LABELS = np.array([0, 1, 2, 3, 1, 5, 2, 7, 8, 9, 1, 11, 12, 13, 14, 9], np.int32
 # Twice the same example, and ids outside the memory on both sides.
 EXAMPLE_IDS = np.array([3, 30, 7, 12, 3, 39, 0, 22, 40, -1, 17, 5, 28, 31, 9, 14], np.int32)
 PAIR = {"image_embeds": (), "text_embeds": ()}
+VIEWS = {"embeds": (), "augmented_embeds": ()}
 SEPARATION = PAIR | dict.fromkeys(
     ("image_independent", "text_independent", "augmented_image_independent", "augmented_text_independent"), ()
 )
@@ -147,6 +148,22 @@ CASES = {
         scalars={"logit_scale": 3.0},
         rows={"labels": LABELS},
         options=lambda: {"form": "plain"},
+    ),
+    "in_modal_info_nce": Case(
+        losses.in_modal_info_nce,
+        VIEWS,
+        lambda now, held: reference.in_modal_info_nce(**now, original=False),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        mistakes=(({"candidates": "augmentd"}, "did you mean 'augmented'"),),
+    ),
+    "in_modal_info_nce, original candidates": Case(
+        losses.in_modal_info_nce,
+        VIEWS,
+        lambda now, held: reference.in_modal_info_nce(**now, original=True),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        options=lambda: {"candidates": "original"},
     ),
     "decoupled_contrastive": Case(
         losses.decoupled_contrastive,
@@ -446,11 +463,11 @@ def test_annotations_hold_and_no_dtype_or_rank_is_promoted(name):
 def test_shapes_that_do_not_fit_are_refused_by_name(name):
     case = LOSSES[name]
     inputs = cast(make_inputs(case), jnp.float32)
-    second = list(case.arrays)[1]
+    first, second = list(case.arrays)[:2]
     x = inputs[second]
     for wrong, message in (
-        (x[..., :-1], f"expected d = {D}, as in image_embeds, got d = {D - 1} in {second}"),
-        (x[:-1], f"expected b = {B}, as in image_embeds, got b = {B - 1} in {second}"),
+        (x[..., :-1], f"expected d = {D}, as in {first}, got d = {D - 1} in {second}"),
+        (x[:-1], f"expected b = {B}, as in {first}, got b = {B - 1} in {second}"),
         (x[0], f"expected {second} to have {x.ndim} axes"),
         (x.astype(jnp.int32), f"expected {second} to hold float values"),
         (x.tolist(), f"expected {second} to be an array, got list"),
@@ -458,7 +475,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(name):
         with pytest.raises(InputError, match=f"^{name}: ") as caught:
             call(case, inputs | {second: wrong})
         assert message in str(caught.value)
-        assert f"image_embeds: float32[{B}, {D}]" in str(caught.value), "the message shows all arguments"
+        assert f"{first}: float32[{B}, {D}]" in str(caught.value), "the message shows all arguments"
     for option, wrong, message in (
         ("where", jnp.ones(B), "expected where to hold bool values"),
         ("weights", jnp.ones(B + 1), f"got b = {B + 1} in weights"),

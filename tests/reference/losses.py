@@ -34,6 +34,19 @@ def info_nce(image_embeds, text_embeds, *, logit_scale, labels=None, direction="
     }[direction]
 
 
+def in_modal_info_nce(embeds, augmented_embeds, *, logit_scale, original, labels=None, where=None, weights=None):
+    b = len(embeds)
+    rows = _rows(where, b)
+    losses = np.zeros(b)
+    for j in rows:
+        others = {k: embeds[k] if original and k != j else augmented_embeds[k] for k in rows}
+        scores = {k: logit_scale * float(np.dot(embeds[j], view)) for k, view in others.items()}
+        positives = [k for k in rows if _same(j, k, labels)]
+        log_sum = np.log(sum(np.exp(score) for score in scores.values()))
+        losses[j] = log_sum - sum(scores[p] for p in positives) / len(positives)
+    return losses
+
+
 def decoupled_contrastive(image_embeds, text_embeds, *, logit_scale, labels=None, where=None, weights=None):
     b = len(image_embeds)
     rows = _rows(where, b)
