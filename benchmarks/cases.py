@@ -69,6 +69,29 @@ def info_nce(rows: int, width: int) -> Problem:
     )
 
 
+def in_modal_info_nce(rows: int, width: int) -> Problem:
+    """One modality against its augmented views, in one direction."""
+
+    def arrays(dtype: str) -> Arrays:
+        return *embeddings(2, rows, width, dtype), jnp.float32(LOGIT_SCALE)
+
+    return Problem(
+        loss="in_modal_info_nce",
+        shape={"rows": rows, "width": width},
+        arrays=arrays,
+        learned=3,
+        entrants=(
+            _ours(
+                lambda embeds, views, scale: losses.in_modal_info_nce(embeds, views, logit_scale=scale),
+                flops=_softmax_flops(rows, width),
+                traffic=costs.pair_traffic(rows, width),
+            ),
+            _plain(peers.one_way_info_nce, flops=costs.pair_flops(rows, width, products=3)),
+            _pair_limit(rows, _softmax_flops(rows, width), products=_softmax_products(rows)),
+        ),
+    )
+
+
 def decoupled_contrastive(rows: int, width: int) -> Problem:
     """Against the plain form, our InfoNCE, and the products alone."""
 
@@ -481,6 +504,7 @@ _MANY_QUERIES = ((1, 12, 6, 2048, 64), (1, 12, 6, 4096, 64))
 
 FAMILIES = {
     "info_nce": Family(info_nce, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
+    "in_modal_info_nce": Family(in_modal_info_nce, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "decoupled_contrastive": Family(decoupled_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "global_contrastive": Family(global_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     **{

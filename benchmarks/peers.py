@@ -29,6 +29,14 @@ def info_nce(image: Float[Array, "b d"], text: Float[Array, "b d"], logit_scale:
     return jnp.mean(both / 2 - positive)
 
 
+def one_way_info_nce(
+    anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], logit_scale: Float[Array, ""]
+) -> Float[Array, ""]:
+    """One cross-entropy of a matrix of logits."""
+    logits = logit_scale * products(anchors, candidates)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits))
+
+
 def optax_cross_entropy(
     image: Float[Array, "b d"], text: Float[Array, "b d"], logit_scale: Float[Array, ""]
 ) -> Float[Array, ""]:
