@@ -120,7 +120,7 @@ class Skipped(Exception):
 def compare(problem: Problem, machine: Problem, dtype: str, budget: Budget) -> list[Row]:
     """A row of results for each entrant and each rate of the machine; a skipped or failed entrant's row says so."""
     rows: dict[str, Row] = {}
-    runs: dict[str, Callable[[], Any]] = {}
+    warm: dict[str, Warm] = {}
     for each, arrays in ((problem, problem.arrays(dtype)), (machine, machine.arrays(MACHINE_DTYPE))):
         for entrant in each.entrants:
             row: Row = {
@@ -135,12 +135,10 @@ def compare(problem: Problem, machine: Problem, dtype: str, budget: Budget) -> l
             with _reporting(row, f"{problem.name}: {entrant.name}"):
                 learned = entrant.learned or tuple(range(each.learned))
                 run = _prepare(entrant, learned, arrays, budget, row)
-                result = run()
+                warm[entrant.name] = warm_up(run, min(WARM_UP, budget.seconds))
                 if entrant.role in ("ours", "peer"):
-                    row["value"] = float(jax.tree.leaves(result)[0])
-                del result
-                runs[entrant.name] = run
-    for name, timing in in_turns(runs, seconds=budget.seconds).items():
+                    row["value"] = warm[entrant.name].value
+    for name, timing in in_turns(warm, seconds=budget.seconds).items():
         rows[name] |= timing
     for entrant in problem.entrants:
         _add_rates(rows[entrant.name], entrant, dtype)
@@ -204,35 +202,44 @@ def _require_memory(needed: float, budget: Budget) -> None:
         raise Skipped(f"needs {needed / 2**30:.1f} GiB, and may take {allowed / 2**30:.1f} GiB")
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], *, seconds: float) -> dict[str, Row]:
+class Warm(NamedTuple):
+    """A program that has run: how long its last call took, and the first number of its result."""
+
+    run: Callable[[], Any]
+    seconds: float
+    value: float
+
+
+def warm_up(run: Callable[[], Any], seconds: float) -> Warm:
+    """Calls the program for so long, at least once."""
+    begin = time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        result = run()
+        end = time.perf_counter()
+        value = float(jax.tree.leaves(result)[0].ravel()[0])
+        del result
+        if end - begin >= seconds:
+            return Warm(run, end - start, value)
+
+
+def in_turns(programs: Mapping[str, Warm], *, seconds: float) -> dict[str, Row]:
     """Median, quartiles, best and number of the samples of each program; one sample of each before the next of any."""
-    warm_up = min(WARM_UP, seconds)
-    calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / _warm_up(run, warm_up))) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / program.seconds)) for name, program in programs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in programs}
 
     def has_enough(name: str) -> bool:
         taken = samples[name]
         return len(taken) >= FEWEST and (len(taken) >= MOST or sum(taken) * calls[name] >= seconds)
 
-    while waiting := [name for name in runs if not has_enough(name)]:
+    while waiting := [name for name in programs if not has_enough(name)]:
         for name in waiting:
             time.sleep(PAUSE)
             start = time.perf_counter()
             for _ in range(calls[name]):
-                runs[name]()
+                programs[name].run()
             samples[name].append((time.perf_counter() - start) / calls[name])
     return {name: _summary(taken) for name, taken in samples.items()}
-
-
-def _warm_up(run: Callable[[], Any], seconds: float) -> float:
-    """Calls it for so long, at least once; returns the seconds of the last call."""
-    begin = time.perf_counter()
-    while True:
-        start = time.perf_counter()
-        run()
-        end = time.perf_counter()
-        if end - begin >= seconds:
-            return end - start
 
 
 def _summary(samples: Sequence[float]) -> Row:

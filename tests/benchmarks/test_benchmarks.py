@@ -164,9 +164,15 @@ def test_an_entrant_that_needs_too_much_memory_is_skipped_with_its_reason(capsys
 
 def test_programs_run_in_turns():
     order = []
-    timings = measure.in_turns({"first": lambda: order.append(1), "second": lambda: order.append(2)}, seconds=0.0)
+
+    def program(name: str):
+        return measure.warm_up(lambda: order.append(name) or np.zeros(()), 0.0)
+
+    programs = {name: program(name) for name in ("first", "second")}
+    order.clear()
+    timings = measure.in_turns(programs, seconds=0.0)
     calls = [name for name, before in zip(order, [None, *order[:-1]], strict=True) if name != before]
-    assert calls == [1, 2] * (len(calls) // 2)
+    assert calls == ["first", "second"] * measure.FEWEST
     assert timings["first"]["repetitions"] == measure.FEWEST
 
 
