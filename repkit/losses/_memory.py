@@ -111,6 +111,7 @@ def remember(
     found: Found,
     fresh: Float[Array, "2 b"],
     usable: Bool[Array, " b"],
+    *,
     memory_rate: Scalar,
     axis_name: AxisName | None,
 ) -> Recalled:

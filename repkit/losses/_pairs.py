@@ -39,7 +39,7 @@ class Best(NamedTuple):
     """With `combine="max"`, a score and what belongs to it: that of the largest score is kept."""
 
     score: Float[Array, " b"]
-    index: Int[Array, " b"]
+    place: Int[Array, " b"]
 
 
 class Tile(NamedTuple):
@@ -61,12 +61,19 @@ TileFunction: TypeAlias = Callable[[Float[Array, "r c"], Side, Side], Tile]
 
 
 class Walk(NamedTuple):
-    """The sums over all tiles, and both sides' gradients in at least float32 (None without slopes)."""
+    """The result of a walk.
+
+    Attributes:
+        row_sums: combined over all tiles of the rows, [b] each.
+        column_sums: combined over all tiles of the columns, [b] each.
+        row_gradient: of the rows' embeddings, in at least float32 [b d]; None where the tiles had no slope.
+        column_gradient: the same of the columns'.
+    """
 
     row_sums: Any
     column_sums: Any
-    row_gradient: Float[Array, "b d"] | None
-    column_gradient: Float[Array, "b d"] | None
+    row_gradient: Any
+    column_gradient: Any
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ def _merge(combine: Combine, first: Any, second: Any) -> Any:
 
     def largest(x: Any, y: Any) -> Any:
         if isinstance(x, Best):
-            return Best(jnp.maximum(x.score, y.score), jnp.where(y.score > x.score, y.index, x.index))
+            return Best(jnp.maximum(x.score, y.score), jnp.where(y.score > x.score, y.place, x.place))
         return jnp.maximum(x, y)
 
     return jax.tree.map(largest, first, second, is_leaf=lambda x: isinstance(x, Best))

@@ -46,12 +46,12 @@ class Positives(NamedTuple):
     """An anchor's positives other than its own pair.
 
     Attributes:
-        count: how many there are [b].
+        number: how many there are [b].
         logsumexp: log of the sum of the exponentials of their scores; 0 where there is none [b].
         total: sum of their scores [b].
     """
 
-    count: Float[Array, " b"]
+    number: Float[Array, " b"]
     logsumexp: Float[Array, " b"]
     total: Float[Array, " b"]
 
@@ -114,7 +114,7 @@ def pair_partitions(
         sides = (Side(varying(embeds, axis_name), valid.astype(dtype), identity) for embeds in (images, texts))
         foreseen = None if foreseen is None or labels is not None else jax.lax.stop_gradient(foreseen)
         foreseen = jax.tree.map(lambda x: varying(x, axis_name), foreseen)
-        scores = _blocked_scores((form, axis_name), *sides, scale, foreseen)
+        scores: _Scores = _blocked_scores((form, axis_name), *sides, scale, foreseen)
     else:
         scores = _plain_scores(at_least_float32(images), at_least_float32(texts), scale, valid, identity, axis_name)
     everyone = sum_over(jnp.sum(valid, dtype=dtype), axis_name)
@@ -124,7 +124,7 @@ def pair_partitions(
 
     def partition(sums: _Sums) -> Partition:
         positives = sums.positives
-        others = 0.0 if positives is None else positives.count
+        others = 0.0 if positives is None else positives.number
         count = jnp.where(valid, everyone - 1.0 - others, 0.0)
         if positives is not None:
             positives = positives._replace(logsumexp=finite(positives.logsumexp))
@@ -144,14 +144,14 @@ def softmax_cross_entropy(partition: Partition) -> Float[Array, " b"]:
     losses = jnp.where(has_negative, jax.nn.softplus(partition.negatives - log_positive), 0.0)
     if partition.positives is None:
         return losses
-    return losses + jnp.where(partition.positives.count > 0, log_positive - mean, 0.0)
+    return losses + jnp.where(partition.positives.number > 0, log_positive - mean, 0.0)
 
 
 def log_positives(partition: Partition) -> Float[Array, " b"]:
     """log of the sum of the exponentials of all positives' scores, the own pair among them."""
     if partition.positives is None:
         return partition.own
-    is_several = partition.positives.count > 0
+    is_several = partition.positives.number > 0
     several = jnp.logaddexp(partition.own, jnp.where(is_several, partition.positives.logsumexp, partition.own))
     return jnp.where(is_several, several, partition.own)
 
@@ -160,7 +160,7 @@ def mean_positive(partition: Partition) -> Float[Array, " b"]:
     """Mean of all positives' scores, the own pair among them."""
     if partition.positives is None:
         return partition.own
-    return (partition.own + partition.positives.total) / (1.0 + partition.positives.count)
+    return (partition.own + partition.positives.total) / (1.0 + partition.positives.number)
 
 
 class _Sums(NamedTuple):
@@ -223,7 +223,7 @@ class _Kinds(NamedTuple):
 def _kinds(rows: _Identity, columns: _Identity) -> _Kinds:
     (row_ids, row_labels), (column_ids, column_labels) = rows, columns
     other = row_ids[:, None] != column_ids[None, :]
-    if row_labels is None:
+    if row_labels is None or column_labels is None:
         return _Kinds(other, None)
     same = row_labels[:, None] == column_labels[None, :]
     return _Kinds(~same, same & other)
@@ -378,7 +378,7 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: _Scores) -> tu
         return jax.lax.cond(is_trusted, fast, exact)
 
     factor = one = jnp.ones_like(scale)
-    if ahead is None:
+    if ahead is None or foreseen is None:
         gradients = walk_now(one)
     else:
         met, taken = (jnp.stack(each) for each in ([each.negatives for each in slopes], ahead.slopes))
@@ -406,7 +406,7 @@ def _with(side: Side, more: Any) -> Side:
 
 
 def _is_trusted(sums: _Sums, valid: Float[Array, " b"], everyone: Float[Array, ""]) -> Bool[Array, ""]:
-    others = jnp.zeros_like(valid) if sums.positives is None else sums.positives.count
+    others = jnp.zeros_like(valid) if sums.positives is None else sums.positives.number
     is_fine = (valid * (everyone - 1.0 - others) <= 0) | (sums.negatives >= _SMALLEST_SUM)
     if sums.positives is not None:
         is_fine &= (valid * others <= 0) | (sums.positives.logsumexp >= _SMALLEST_SUM)
@@ -490,7 +490,7 @@ def _fast_slopes(sums: _Sums, cotangents: _Sums, shift: Float[Array, ""]) -> _Sl
         return jnp.where(is_some, cotangent * jnp.exp(shift - jnp.where(is_some, log_sum, shift)), 0.0)
 
     negatives = factor(sums.negatives, cotangents.negatives)
-    if sums.positives is None:
+    if sums.positives is None or cotangents.positives is None:
         return _Slopes(negatives, None, None)
     positives = factor(sums.positives.logsumexp, cotangents.positives.logsumexp)
     return _Slopes(negatives, positives, cotangents.positives.total)
@@ -521,7 +521,7 @@ def _exact_slope_tile(scale: Float[Array, ""], products: Float[Array, "r c"], ro
     slope = jnp.zeros_like(logits)
     for sums, cotangents in _across(of_rows, of_columns):
         slope += jnp.where(kinds.negative, share(sums.negatives) * cotangents.negatives, 0.0)
-        if kinds.positive is not None:
+        if kinds.positive is not None and sums.positives is not None and cotangents.positives is not None:
             pull = share(sums.positives.logsumexp) * cotangents.positives.logsumexp + cotangents.positives.total
             slope += jnp.where(kinds.positive, pull, 0.0)
     return Tile(None, None, slope)

@@ -404,7 +404,7 @@ def global_contrastive(
         },
     )
     require_form("global_contrastive", form)
-    example_id, memory_rate = require_ids_and_rate("global_contrastive", example_id, memory_rate)
+    ids, rate = require_ids_and_rate("global_contrastive", example_id, memory_rate)
     images, texts = embeddings(image_embeds, text_embeds, where=where)
     valid = row_mask(where, images.shape[0])
     partitions = pair_partitions(
@@ -415,8 +415,8 @@ def global_contrastive(
     usable = partition.negative_count[0] > 0
     contrast = partition.negatives - jnp.log(jnp.maximum(partition.negative_count, 1.0)) - mean_positive(partition)
     fresh = jnp.where(usable, jax.lax.stop_gradient(contrast), 0.0)
-    found = look_up(memory, example_id, valid, fresh.dtype, axis_name, memory_axis_name)
-    recalled = remember(memory, found, fresh, usable, memory_rate, axis_name)
+    found = look_up(memory, ids, valid, fresh.dtype, axis_name, memory_axis_name)
+    recalled = remember(memory, found, fresh, usable, memory_rate=rate, axis_name=axis_name)
     exponents = contrast - recalled.log_values
     losses = jnp.where(usable, jnp.mean(bounded_exp(exponents, max_exponent), axis=0), 0.0)
     loss = reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)

@@ -4,6 +4,7 @@ The logarithm of the softmax's denominator keeps a mini-batch from estimating th
 auxiliary gamma variable per anchor takes its place: given the variable, the loss is a plain sum over negatives.
 """
 
+import functools
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -195,8 +196,6 @@ def gamma_contrastive(
         require_range("gamma_contrastive", "dataset_size", dataset_size, at_least=2)
 
     require_form("gamma_contrastive", form)
-    if memory is not None:
-        example_id, memory_rate = require_ids_and_rate("gamma_contrastive", example_id, memory_rate)
     images, texts = embeddings(image_embeds, text_embeds, where=where)
     rows, dtype = images.shape[0], jnp.promote_types(images.dtype, jnp.float32)
     valid = row_mask(where, rows)
@@ -207,9 +206,11 @@ def gamma_contrastive(
         key = require_key("gamma_contrastive", key, 'draw="sampled"')
         noise = sample_rates(jnp.zeros((row_count(rows, axis_name), 2), dtype), key=key, shape=shape)
         log_noise = local_rows(noise, axis_name).T
-    found = foreseen = None
+    found = recall = foreseen = None
     if memory is not None:
-        found = look_up(memory, example_id, valid, dtype, axis_name, memory_axis_name)
+        ids, rate = require_ids_and_rate("gamma_contrastive", example_id, memory_rate)
+        found = look_up(memory, ids, valid, dtype, axis_name, memory_axis_name)
+        recall = functools.partial(remember, memory, found, memory_rate=rate, axis_name=axis_name)
     if found is not None and rates_from == "previous":
         negative_count = sum_over(jnp.sum(valid, dtype=dtype), axis_name) - 1.0
         log_rates = log_noise - local_rows(found.log_values.T, axis_name).T + _log_ratio(negative_count, dataset_size)
@@ -237,13 +238,12 @@ def gamma_contrastive(
     log_negative = partition.negatives + _log_ratio(partition.negative_count, dataset_size)
 
     log_partition = fresh = jnp.where(usable, jax.lax.stop_gradient(jnp.logaddexp(log_positive, log_negative)), 0.0)
-    recalled = None
-    if found is not None:
-        recalled = remember(memory, found, fresh, usable, memory_rate, axis_name)
+    recalled = None if recall is None else recall(fresh, usable)
+    if recalled is not None:
         log_partition = recalled.log_values
-        if rates_from == "previous":
-            stored = local_rows(found.log_values.T, axis_name).T
-            log_partition = jnp.where(recalled.visited, stored, log_partition)
+    if found is not None and recalled is not None and rates_from == "previous":
+        stored = local_rows(found.log_values.T, axis_name).T
+        log_partition = jnp.where(recalled.visited, stored, log_partition)
     log_rate = log_noise - log_partition
     log_positive_rate = log_rate if positive == "sampled" else -log_partition
 

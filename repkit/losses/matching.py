@@ -92,7 +92,7 @@ def hard_negatives(
     walk = walk_pairs(tile, *sides, form=form, axis_name=axis_name, combine="max")
 
     def drawn(best: Best) -> Int[Array, " b"]:
-        return jnp.where((best.score > -jnp.inf) & (valid > 0), best.index, -1)
+        return jnp.where((best.score > -jnp.inf) & (valid > 0), best.place, -1)
 
     return HardNegatives(drawn(walk.row_sums), drawn(walk.column_sums))
 
