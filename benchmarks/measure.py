@@ -185,8 +185,10 @@ def _prepare(entrant: Entrant, learned: tuple[int, ...], arrays: Arrays, budget:
 
 
 def value_and_gradients(loss: Callable[..., Any], learned: tuple[int, ...]) -> Callable[..., Any]:
-    """Value and gradients in some arguments; what a loss returns beside its value stays an output, so that the
-    compiler cannot leave it out."""
+    """Value and gradients in some arguments.
+
+    What a loss returns beside its value stays an output, so that the compiler cannot leave it out.
+    """
 
     def with_rest(*arrays: Any) -> tuple[jax.Array, Any]:
         result = loss(*arrays)

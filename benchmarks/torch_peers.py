@@ -53,7 +53,6 @@ def value_and_gradients(
 
 def temporary_bytes(run: Callable[[], Any]) -> int:
     """The most that one call holds at once, beyond what it returns."""
-    run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
     assert profiler.profiler is not None
