@@ -34,9 +34,9 @@ def embeddings(count: int, rows: int, width: int, dtype: str) -> list[jax.Array]
     return [normalize(jax.random.normal(key, (rows, width), jnp.float32)).astype(dtype) for key in keys]
 
 
-def attention(count: int, shape: Shape, dtype: str) -> jax.Array:
+def attention(seed: int, shape: Shape, dtype: str) -> jax.Array:
     """Maps whose rows are a softmax."""
-    return jax.nn.softmax(2 * jax.random.normal(jax.random.key(count), shape, jnp.float32), axis=-1).astype(dtype)
+    return jax.nn.softmax(2 * jax.random.normal(jax.random.key(seed), shape, jnp.float32), axis=-1).astype(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ table of and `benchmarks.plots` draws.
 
 import argparse
 import fnmatch
+import functools
 import json
 import sys
 import traceback
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import measure, targets
-from benchmarks.cases import FAMILIES
+from benchmarks.cases import FAMILIES, Family, Shape
 from benchmarks.measure import Budget, Row
 from benchmarks.report import print_about, print_figures, print_times
 
@@ -50,26 +51,24 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 def _shape_jobs(options: argparse.Namespace) -> list[Job]:
     found = []
-    for family in FAMILIES.values():
+    for loss, family in FAMILIES.items():
         shapes = family.usual + (family.large if options.full else ())
         for shape in (family.smallest,) if options.smoke else sorted(shapes):
-            problem = family.problem(*shape)
-            found.append(Job(problem.name, lambda problem=problem: _compare(problem, options)))
+            found.append(Job(_name(loss, shape), functools.partial(_compare, family, shape, options)))
     return found
 
 
 def _target_jobs(options: argparse.Namespace) -> list[Job]:
     found = []
     for target in targets.TARGETS:
-        problem = FAMILIES[target.loss].at(target.shape, smoke=options.smoke)
 
-        def run(target: targets.Target = target, problem: measure.Problem = problem) -> list[Row]:
-            rows = _compare(problem, options)
+        def run(target: targets.Target = target) -> list[Row]:
+            rows = _compare(FAMILIES[target.loss], target.shape, options)
             rows[0]["figures"] = [figure.judged(rows[0]) for figure in target.figures]
             print_figures(rows[0])
             return rows
 
-        found.append(Job(f"{target.loss}/{'x'.join(map(str, target.shape))}", run))
+        found.append(Job(_name(target.loss, target.shape), run))
     for sharded in targets.SHARDED_TARGETS:
 
         def run_sharded(sharded: targets.ShardedTarget = sharded) -> list[Row]:
@@ -77,11 +76,16 @@ def _target_jobs(options: argparse.Namespace) -> list[Job]:
             print_figures(row)
             return [row]
 
-        found.append(Job(sharded.name, run_sharded))
+        found.append(Job(_name(f"{sharded.loss}_{sharded.placement}", sharded.shape), run_sharded))
     return found
 
 
-def _compare(problem: measure.Problem, options: argparse.Namespace) -> list[Row]:
+def _name(loss: str, shape: Shape) -> str:
+    return f"{loss}/{'x'.join(map(str, shape))}"
+
+
+def _compare(family: Family, shape: Shape, options: argparse.Namespace) -> list[Row]:
+    problem = family.at(shape, smoke=options.smoke)
     budget = Budget(
         seconds=SMOKE_SECONDS if options.smoke else options.seconds,
         memory=None if options.memory is None else options.memory * 2**30,

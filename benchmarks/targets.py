@@ -149,11 +149,6 @@ class ShardedTarget:
     reduced: int
     mib: float
 
-    @property
-    def name(self) -> str:
-        """Such as geometric_consistency_jit/32768x512."""
-        return f"{self.loss}_{self.placement}/{'x'.join(map(str, self.shape))}"
-
     def judged(self, *, smoke: bool) -> Row:
         """A row of what is exchanged and held, and how it is judged."""
         rows, width = map(min, self.shape, FAMILIES[self.loss].smallest) if smoke else self.shape
