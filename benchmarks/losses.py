@@ -1,142 +1,151 @@
-"""Time, compile time and temporary memory of the losses, value and gradient, beside a peer where one exists.
+"""Time, compile time and temporary memory of the losses, value and gradient, beside their peers and limits.
 
-    python -m benchmarks.losses [--smoke] [--output FILE.jsonl]
+    python -m benchmarks.losses                            the usual shapes; some minutes
+    python -m benchmarks.losses --only 'info_nce/4096*'    some of them; --list prints the names
+    python -m benchmarks.losses --targets                  the figures that the losses are to reach; up to hours
+    python -m benchmarks.losses --smoke                    every loss once, tiny; under a minute
 
-Every case is compiled once and run in turns with the others of its shape, so that a change of the machine's speed meets
-all of them alike; read the ratios, not the times.
+It ends with status 1 if anything failed. Results go to --output as JSON lines, which `benchmarks.report` makes a
+table of and `benchmarks.plots` draws.
 """
 
 import argparse
+import fnmatch
 import functools
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from repkit import losses
-from repkit.numerics import normalize
+from benchmarks import measure, targets
+from benchmarks.cases import FAMILIES, Family, Shape
+from benchmarks.measure import Budget, Row
+from benchmarks.report import print_about, print_figures, print_times
 
-SHAPES = ((256, 128), (1024, 512), (4096, 512))
-SMOKE_SHAPES = ((128, 64),)
-MOST_PEER_ROWS = 256
-"""optax's ntxent holds an array of rows x rows x features."""
+MACHINE_SIZE, SMOKE_MACHINE_SIZE = 2048, 128
+SMOKE_SECONDS = 0.0
 
 
-class Case(NamedTuple):
-    """A loss of two arrays of embeddings, differentiated with respect to both; it may return its memory beside."""
+class Job(NamedTuple):
+    """Something that can be run by its name and gives rows of results."""
 
     name: str
-    loss: Callable[[jax.Array, jax.Array], Any]
+    run: Callable[[], list[Row]]
 
 
-def cases(rows: int, width: int) -> Iterator[Case]:
-    """The losses at a shape, InfoNCE first."""
-    yield Case("info_nce", functools.partial(losses.info_nce, logit_scale=14.3))
-    yield Case(
-        "gamma_contrastive",
-        functools.partial(
-            losses.gamma_contrastive,
-            logit_scale=14.3,
-            memory=losses.init_memory(4 * rows),
-            example_id=jnp.arange(rows),
-            memory_rate=0.9,
-            key=jax.random.key(0),
-        ),
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """All jobs that the options leave."""
+    found = list(_target_jobs(options) if options.targets else _shape_jobs(options))
+    wanted = options.only.split(",") if options.only else ["*"]
+    patterns = [pattern if "/" in pattern or pattern == "*" else f"{pattern}/*" for pattern in wanted]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(job.name, pattern) for job in found):
+            names = ", ".join(dict.fromkeys(job.name.partition("/")[0] for job in found))
+            raise SystemExit(f"--only: nothing is called '{pattern}'; --list prints the names of all ({names})")
+    return [job for job in found if any(fnmatch.fnmatch(job.name, pattern) for pattern in patterns)]
+
+
+def _shape_jobs(options: argparse.Namespace) -> list[Job]:
+    found = []
+    for loss, family in FAMILIES.items():
+        shapes = family.usual + (family.large if options.full else ())
+        for shape in (family.smallest,) if options.smoke else sorted(shapes):
+            found.append(Job(_name(loss, shape), functools.partial(_compare, family, shape, options)))
+    return found
+
+
+def _target_jobs(options: argparse.Namespace) -> list[Job]:
+    found = []
+    for target in targets.TARGETS:
+
+        def run(target: targets.Target = target) -> list[Row]:
+            rows = _compare(FAMILIES[target.loss], target.shape, options)
+            rows[0]["figures"] = [figure.judged(rows[0]) for figure in target.figures]
+            print_figures(rows[0])
+            return rows
+
+        found.append(Job(_name(target.loss, target.shape), run))
+    for sharded in targets.SHARDED_TARGETS:
+
+        def run_sharded(sharded: targets.ShardedTarget = sharded) -> list[Row]:
+            row = sharded.judged(smoke=options.smoke)
+            print_figures(row)
+            return [row]
+
+        found.append(Job(_name(f"{sharded.loss}_{sharded.placement}", sharded.shape), run_sharded))
+    return found
+
+
+def _name(loss: str, shape: Shape) -> str:
+    return f"{loss}/{'x'.join(map(str, shape))}"
+
+
+def _compare(family: Family, shape: Shape, options: argparse.Namespace) -> list[Row]:
+    problem = family.at(shape, smoke=options.smoke)
+    budget = Budget(
+        seconds=SMOKE_SECONDS if options.smoke else options.seconds,
+        memory=None if options.memory is None else options.memory * 2**30,
     )
-    yield Case("geometric_consistency", losses.geometric_consistency)
-    # Shifted rows stand in for augmented views: their values do not change the cost.
-    yield Case("brownian_bridge", lambda image, text: losses.brownian_bridge(image, text, jnp.roll(image, 1, 0)))
-    yield Case(
-        "feature_separation",
-        lambda image, text: losses.feature_separation(
-            image, text, *(jnp.roll(x, 1, 0) for x in (image, text, image, text)), logit_scale=14.3
-        ),
+    machine = measure.machine(SMOKE_MACHINE_SIZE if options.smoke else MACHINE_SIZE)
+    rows = measure.compare(problem, machine, options.dtype, budget)
+    print_times(rows)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables, writes the JSON lines, and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    if rows <= MOST_PEER_ROWS:
-        yield Case("optax ntxent (2 x rows)", _optax_ntxent)
-
-
-def _optax_ntxent(image: jax.Array, text: jax.Array) -> jax.Array:
-    labels = jnp.tile(jnp.arange(len(image)), 2)
-    return optax.losses.ntxent(jnp.concatenate([image, text]), labels, temperature=0.07)
-
-
-def _with_memory(loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Any]]:
-    """A returned memory stays an output, so that the compiler cannot leave out its update."""
-
-    def both(image: jax.Array, text: jax.Array) -> tuple[jax.Array, Any]:
-        result = loss(image, text)
-        return result if isinstance(result, tuple) else (result, None)
-
-    return both
-
-
-def measure(rows: int, width: int, repetitions: int) -> list[dict[str, Any]]:
-    """Runs all cases of a shape in turns; one row of results each."""
-    keys = jax.random.split(jax.random.key(0))
-    inputs = [normalize(jax.random.normal(key, (rows, width), jnp.float32)) for key in keys]
-    results, programs = [], []
-    for case in cases(rows, width):
-        lowered = jax.jit(jax.value_and_grad(_with_memory(case.loss), argnums=(0, 1), has_aux=True)).lower(*inputs)
-        start = time.perf_counter()
-        program = lowered.compile()
-        compile_seconds = time.perf_counter() - start
-        memory = program.memory_analysis()
-        programs.append(program)
-        results.append(
-            {
-                "loss": case.name,
-                "rows": rows,
-                "width": width,
-                "compile_seconds": compile_seconds,
-                "temporary_mib": memory.temp_size_in_bytes / 2**20 if memory is not None else None,
-            }
-        )
-    seconds: list[list[float]] = [[] for _ in programs]
-    for repetition in range(repetitions + 1):
-        for program, times in zip(programs, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*inputs))
-            if repetition:  # the first is a warm-up
-                times.append(time.perf_counter() - start)
-    for result, times in zip(results, seconds, strict=True):
-        quartiles = statistics.quantiles(times, n=4)
-        result |= {"median_ms": 1e3 * quartiles[1], "spread_ms": 1e3 * (quartiles[2] - quartiles[0])}
-        result["ratio_to_info_nce"] = result["median_ms"] / results[0]["median_ms"]
-    return results
-
-
-def main() -> None:
-    """Prints the table and writes the JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one small shape, few repetitions")
-    parser.add_argument("--output", type=Path, help="append the results to this file as JSON lines")
-    options = parser.parse_args()
-    device = jax.devices()[0]
-    about = {"device": device.device_kind, "jax": jax.__version__, "python": platform.python_version()}
-    print(f"{device.device_kind}, jax {jax.__version__}; float32, value and gradient")
-    print(
-        f"{'loss':<26}{'rows':>6}{'width':>7}{'median ms':>11}{'spread':>9}{'ratio':>8}"
-        f"{'temp MiB':>10}{'compile s':>11}"
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes and few repetitions, in place of all shapes")
+    parser.add_argument("--full", action="store_true", help="the large shapes too")
+    parser.add_argument("--targets", action="store_true", help="the figures asked for, beside what is measured")
+    parser.add_argument("--only", metavar="NAMES", help="losses or names, with * and separated by commas")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of samples per program; at least 3 are taken")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="skip programs that need more; default: 0.8 of free"
     )
-    for rows, width in SMOKE_SHAPES if options.smoke else SHAPES:
-        for result in measure(rows, width, 3 if options.smoke else 15):
-            memory = "-" if result["temporary_mib"] is None else f"{result['temporary_mib']:.1f}"
-            print(
-                f"{result['loss']:<26}{rows:>6}{width:>7}{result['median_ms']:>11.2f}{result['spread_ms']:>9.2f}"
-                f"{result['ratio_to_info_nce']:>8.2f}{memory:>10}{result['compile_seconds']:>11.2f}"
-            )
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(json.dumps(about | result) + "\n")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append the results as JSON lines")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw time and memory against the number of rows")
+    options = parser.parse_args(arguments)
+    chosen = jobs(options)
+    if options.list:
+        print("\n".join(job.name for job in chosen))
+        return 0
+    # A compiled program from a cache would say nothing of the time to compile it.
+    jax.config.update("jax_enable_compilation_cache", False)
+    # The losses of repkit ask for full precision; on accelerators the peers would get less.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    about = measure.about()
+    print_about(about)
+    results: list[Row] = []
+    for job in chosen:
+        try:
+            rows = job.run()
+        except Exception as error:
+            print(f"{job.name}: FAILED", file=sys.stderr)
+            traceback.print_exc()
+            rows = [{"kind": "failure", "name": job.name, "error": f"{type(error).__name__}: {error}"}]
+        results += rows
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            with options.output.open("a") as file:
+                file.writelines(json.dumps(about | row) + "\n" for row in rows)
+    if options.plot:
+        from benchmarks import plots
+
+        plots.draw_all(results, options.plot)
+    failed = [row for row in results if "error" in row]
+    if failed:
+        print(f"{len(failed)} failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
