@@ -28,6 +28,8 @@ from benchmarks.report import print_about, print_figures, print_times
 
 MACHINE_SIZE, SMOKE_MACHINE_SIZE = 2048, 128
 SMOKE_SECONDS = 0.0
+SMOKE_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+"""Compiling is nearly all that tiny programs cost."""
 
 
 class Job(NamedTuple):
@@ -89,6 +91,7 @@ def _compare(family: Family, shape: Shape, options: argparse.Namespace) -> list[
     budget = Budget(
         seconds=SMOKE_SECONDS if options.smoke else options.seconds,
         memory=None if options.memory is None else options.memory * 2**30,
+        compiler_options=SMOKE_COMPILER_OPTIONS if options.smoke else {},
     )
     machine = measure.machine(SMOKE_MACHINE_SIZE if options.smoke else MACHINE_SIZE)
     rows = measure.compare(problem, machine, options.dtype, budget)

@@ -103,10 +103,12 @@ class Budget(NamedTuple):
     Attributes:
         seconds: of samples per entrant; there are at least `FEWEST` samples.
         memory: bytes that an entrant may allocate; None for a share of what is free.
+        compiler_options: of XLA; none where times are to mean anything.
     """
 
     seconds: float
     memory: float | None
+    compiler_options: Mapping[str, Any]
 
 
 class Skipped(Exception):
@@ -175,7 +177,7 @@ def _prepare(entrant: Entrant, learned: tuple[int, ...], arrays: Arrays, budget:
     function = value_and_gradients(entrant.function, learned) if entrant.role in ("ours", "peer") else entrant.function
     lowered = jax.jit(function).lower(*arrays)
     start = time.perf_counter()
-    program = lowered.compile()
+    program = lowered.compile(dict(budget.compiler_options))
     row["compile_seconds"] = time.perf_counter() - start
     memory = program.memory_analysis()
     if memory is not None:

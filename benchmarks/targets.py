@@ -71,7 +71,7 @@ def memory(mib: float) -> Figure:
 
 def smaller(times: float, peer: str = "plain") -> Figure:
     """At most 1/times of a peer's temporary memory, also where the peer is too large to run."""
-    return Figure(f"<= 1/{times:g} of the memory of {peer}", lambda row: row["times_smaller_than"][peer], times, True)
+    return Figure(f">= {times:g} x less memory than {peer}", lambda row: row["times_smaller_than"][peer], times, True)
 
 
 def runs() -> Figure:

@@ -20,10 +20,10 @@ from benchmarks.collectives import Collective, collectives
 from benchmarks.measure import Budget, Entrant, Problem
 
 ROOT = Path(__file__).parents[2]
-QUICK = Budget(seconds=0.0, memory=None)
+QUICK = Budget(seconds=0.0, memory=None, compiler_options=losses.SMOKE_COMPILER_OPTIONS)
 
 # Programs that run once: compiling is all they cost.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jit = functools.partial(jax.jit, compiler_options=losses.SMOKE_COMPILER_OPTIONS)
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
