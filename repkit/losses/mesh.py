@@ -50,18 +50,19 @@ def over_mesh(loss: Callable[..., Any], mesh: Mesh, axis_name: AxisName = "data"
         if axis not in mesh.shape:
             raise unknown_name("mesh axis", axis, mesh.shape)
     parameters = inspect.signature(loss).parameters
+    loss_name = getattr(loss, "__name__", "the loss")
     if "axis_name" not in parameters:
-        raise InputError(f"over_mesh: {getattr(loss, '__name__', loss)} takes no axis_name")
+        raise InputError(f"over_mesh: {loss_name} takes no axis_name")
     devices = math.prod(mesh.shape[axis] for axis in axes)
     split, whole = P(axes), P()
 
     @functools.wraps(loss)
     def split_loss(*arrays: Any, axis_name: None = None, **keywords: Any) -> Any:
         if axis_name is not None:
-            raise InputError("a loss from over_mesh takes global arrays; axis_name must be None")
+            raise InputError(f"{loss_name}: a loss from over_mesh takes global arrays; axis_name must be None")
         rows = np.shape(arrays[0])[0]
         if rows % devices:
-            raise InputError(f"{loss.__name__}: {rows} rows cannot be split over {devices} devices of the mesh")
+            raise InputError(f"{loss_name}: {rows} rows cannot be split over {devices} devices of the mesh")
         traced = {name: value for name, value in keywords.items() if _is_traced(value)}
         fixed = {name: value for name, value in keywords.items() if name not in traced}
 
