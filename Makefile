@@ -10,6 +10,8 @@ bin     := $(VENV)/bin
 # Compiled programs are kept between calls, so that a second run of the tests or the demo starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+# JAX on a CPU asks for fresh memory in each step; keeping what was freed takes a third off the time of small steps.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000
 pytest  := $(bin)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: demo test test-fast test-slow lint format constraints clean

@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from repkit import losses, plots
-from repkit.data.augment import Augmentation
+from repkit.checks import InputError
+from repkit.data.augment import Augmentation, TextAugmentation
 from repkit.data.images import load_image
 from repkit.data.pipeline import Batches, caption_table, make_batches
-from repkit.data.scenes import zero_shot_prompts
-from repkit.data.sources import Source, all_captions, digit_scenes_source, jsonl_source, tfds_source
+from repkit.data.scenes import IMAGE_SIZES, zero_shot_prompts
+from repkit.data.sources import Source, TfdsSource, all_captions, digit_scenes_source, jsonl_source, tfds_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from repkit.evaluate.embed import embed, token_batches
 from repkit.evaluate.linear_probe import evaluate_few_shot, evaluate_linear_probe
 from repkit.evaluate.results import Result
 from repkit.evaluate.retrieval import evaluate_retrieval
-from repkit.evaluate.zero_shot import class_embeddings, evaluate_zero_shot
+from repkit.evaluate.zero_shot import class_scores, evaluate_zero_shot, prompt_embeddings
 from repkit.models.encoders import TextConfig, VisionConfig
 from repkit.models.functional import Model
 from repkit.models.two_tower import TwoTowerConfig, two_tower
@@ -38,6 +40,11 @@ Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consis
 TOKENIZER_FILE = "tokenizer.json"
 EVALUATION_BATCH = 256
 FIGURE_EXAMPLES = 512
+# With a `tensor` axis in the mesh, what a token is multiplied with is split over it: first by columns, then by rows.
+TENSOR_RULES = (
+    (r"(mlp/up|attention/(query|key|value))/kernel", PartitionSpec(None, "tensor")),
+    (r"(mlp/down|attention/output)/kernel", PartitionSpec("tensor")),
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ class DataConfig:
         label_key: feature of the class label; none if there is none.
         tokenizer: tokenizer file; none to train one on the training captions.
         vocabulary_size: tokens of a tokenizer that is trained here.
-        max_length: tokens of a caption that are kept.
-        image_size: height and width that images are brought to.
+        max_length: tokens of a caption that are kept; none for those of the longest training caption, 77 at most.
+        image_size: height and width that images are brought to; none for the size of the digit scenes.
         max_corrupt_share: share of examples that may be unreadable before training stops.
     """
 
@@ -72,8 +79,8 @@ class DataConfig:
     label_key: str | None = None
     tokenizer: str | None = None
     vocabulary_size: int = 512
-    max_length: int = 16
-    image_size: int = 16
+    max_length: int | None = None
+    image_size: int | None = None
     max_corrupt_share: float = 0.01
 
 
@@ -93,9 +100,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GammaConfig:
-    """Settings of `gamma_contrastive`, see its documentation."""
+    """Settings of `gamma_contrastive`, see its documentation.
 
-    draw: Literal["sampled", "expected"] = "sampled"
+    The default takes the auxiliary variable at its mean, which learns fastest in a short run; `draw=sampled` draws it.
+    """
+
+    draw: Literal["sampled", "expected"] = "expected"
     positive: Literal["sampled", "expected"] = "expected"
     shape: float = 1.0
     memory_rate: float = 0.9
@@ -137,19 +147,23 @@ def build(config: Config, directory: Path) -> Experiment:
     """Assembles the run; reads the tokenizer from the run directory where an earlier call left it."""
     train, validation, test = (_open(config.data, name) for name in ("train", "validation", "test"))
     tokenizer = _tokenizer(config.data, train, directory)
-    model = two_tower(_model_config(config, tokenizer))
+    max_length = config.data.max_length
+    if max_length is None:
+        max_length = _longest(all_captions(train), tokenizer)
+    image_size = _image_size(config.data)
+    model = two_tower(_model_config(config, tokenizer, max_length, image_size))
 
     def batches(source: Source, *, training: bool) -> Batches:
         return make_batches(
             source,
             tokenizer=tokenizer,
             batch_size=config.train.batch_size if training else EVALUATION_BATCH,
-            image_size=config.data.image_size,
-            max_length=config.data.max_length,
+            image_size=image_size,
+            max_length=max_length,
             shuffle=training,
             repeat=training,
             seed=config.train.seed,
-            augmentation=Augmentation() if training and config.regularizers else None,
+            augmentation=_augmentation(config.data) if training and config.regularizers else None,
             max_corrupt_share=config.data.max_corrupt_share,
             # Every process evaluates all examples, on its own.
             process_index=None if training else 0,
@@ -160,8 +174,8 @@ def build(config: Config, directory: Path) -> Experiment:
         with batches(source, training=False) as rows:
             return embed(model.forward, params, rows)
 
-    encode = functools.partial(_encode_texts, model, tokenizer, config.data.max_length)
-    retrieval = functools.partial(_retrieval, model, tokenizer, config.data.max_length)
+    encode = functools.partial(_encode_texts, model, tokenizer, max_length)
+    retrieval = functools.partial(_retrieval, model, tokenizer, max_length)
 
     def validate(params: Any) -> dict[str, float]:
         metrics = retrieval(params, validation, embedded(params, validation))
@@ -170,13 +184,16 @@ def build(config: Config, directory: Path) -> Experiment:
     def evaluate(params: Any) -> list[Result]:
         train_rows, validation_rows, test_rows = (embedded(params, source) for source in (train, validation, test))
         metrics = {"retrieval": retrieval(params, test, test_rows)}
-        if prompts := _prompts(config.data):
-            classes = class_embeddings(functools.partial(encode, params), prompts)
-            metrics["zero_shot"] = evaluate_zero_shot(test_rows["image_embeds"], test_rows["label"], classes)
-        if train.has_labels:
+        if test.has_labels and (prompts := _prompts(config.data, test)):
+            metrics["zero_shot"] = _zero_shot(
+                test_rows, prompt_embeddings(functools.partial(encode, params), prompts), _logit_scale(model, params)
+            )
+        if all(source.has_labels for source in (train, validation, test)):
             probes = [(rows["image_embeds"], rows["label"]) for rows in (train_rows, validation_rows, test_rows)]
             metrics["linear_probe"] = evaluate_linear_probe(*probes)
-            metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed)
+            smallest = np.unique(train_rows["label"], return_counts=True)[1].min()
+            shots = [k for k in (1, 2, 4, 8, 16) if k <= smallest]
+            metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed, shots=shots)
         name = " + ".join(["two_tower", config.loss, *config.regularizers])
         data = f"{_data_name(config.data)} {config.data.test}"
         return [Result(name, data, task, values) for task, values in metrics.items()]
@@ -189,8 +206,9 @@ def build(config: Config, directory: Path) -> Experiment:
         validate=validate,
         best_metric="validation/text_to_image/R@1",
         evaluate=evaluate,
-        figures=lambda params, folder: _figures(embedded(params, test), test, config.data.image_size, folder),
+        figures=lambda params, folder: _figures(embedded(params, test), test, image_size, folder),
         save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
+        sharding_rules=TENSOR_RULES if "tensor" in config.train.mesh else (),
     )
 
 
@@ -212,17 +230,36 @@ def _open(data: DataConfig, which: Literal["train", "validation", "test"]) -> So
             return jsonl_source(split)
 
 
+def _augmentation(data: DataConfig) -> Augmentation:
+    """The synonyms are those of the digit scenes; other captions keep their words."""
+    return Augmentation() if data.source == "digit_scenes" else Augmentation(text=TextAugmentation(synonyms={}))
+
+
+def _image_size(data: DataConfig) -> int:
+    if data.image_size is not None:
+        return data.image_size
+    if data.source == "digit_scenes":
+        return IMAGE_SIZES[data.name]
+    raise InputError(f"data.source={data.source} needs data.image_size, a multiple of model.patch_size")
+
+
 def _tokenizer(data: DataConfig, train: Source, directory: Path) -> Tokenizer:
     if (directory / TOKENIZER_FILE).exists():
         return load_tokenizer(directory / TOKENIZER_FILE)
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
     # Augmented captions use the synonyms, whether or not a caption does.
-    synonyms = [word for words in Augmentation().text.synonyms.values() for word in words]
+    synonyms = [word for words in _augmentation(data).text.synonyms.values() for word in words]
     return train_tokenizer([*all_captions(train), *synonyms], vocab_size=data.vocabulary_size)
 
 
-def _model_config(config: Config, tokenizer: Tokenizer) -> TwoTowerConfig:
+def _longest(captions: list[str], tokenizer: Tokenizer) -> int:
+    """Tokens of the longest caption, begin and end included, up to CLIP's 77."""
+    _, token_mask = tokenizer.encode(captions, 77)
+    return int(token_mask.sum(axis=1).max())
+
+
+def _model_config(config: Config, tokenizer: Tokenizer, max_length: int, image_size: int) -> TwoTowerConfig:
     model = config.model
     shared = {
         "width": model.width,
@@ -233,8 +270,8 @@ def _model_config(config: Config, tokenizer: Tokenizer) -> TwoTowerConfig:
         "remat": model.remat,
     }
     return TwoTowerConfig(
-        image=VisionConfig(image_size=config.data.image_size, patch_size=model.patch_size, **shared),
-        text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=config.data.max_length, **shared),
+        image=VisionConfig(image_size=image_size, patch_size=model.patch_size, **shared),
+        text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=max_length, **shared),
         embed_dim=model.embed_dim,
         independent="feature_separation" in config.regularizers,
     )
@@ -282,7 +319,7 @@ def _regularizer_term(name: Regularizer, weight: float | None) -> Term:
             return Term(
                 losses.feature_separation,
                 PAIR + independent,
-                keywords=SCALE,
+                keywords=SCALE | LABELS,
                 weight=1.0 if weight is None else weight,
             )
         case "brownian_bridge":
@@ -312,9 +349,28 @@ def _retrieval(
     )
 
 
-def _prompts(data: DataConfig) -> dict[str, list[str]]:
-    """Zero-shot prompts by class, where the data set comes with some."""
-    return zero_shot_prompts() if (data.source, data.name) == ("digit_scenes", "single") else {}
+def _zero_shot(rows: dict[str, np.ndarray], prompt_embeds: list[np.ndarray], logit_scale: float) -> dict[str, float]:
+    """Accuracies of the ensemble over embeddings, and for comparison of that over probabilities."""
+    by_embeddings = class_scores(rows["image_embeds"], prompt_embeds, ensemble="embeddings")
+    by_probabilities = class_scores(
+        rows["image_embeds"], prompt_embeds, ensemble="probabilities", logit_scale=logit_scale
+    )
+    other = evaluate_zero_shot(by_probabilities, rows["label"])
+    return evaluate_zero_shot(by_embeddings, rows["label"]) | {f"probabilities/{k}": v for k, v in other.items()}
+
+
+def _logit_scale(model: Model, params: Any) -> float:
+    tokens = {"token_ids": np.zeros((1, 2), np.int32), "token_mask": np.ones((1, 2), bool)}
+    return float(model.forward(params, tokens, None)["logit_scale"])
+
+
+def _prompts(data: DataConfig, source: Source) -> dict[str, list[str]]:
+    """Zero-shot prompts by class: those of the digit scenes, or the class names that served as captions."""
+    if (data.source, data.name) == ("digit_scenes", "single"):
+        return zero_shot_prompts()
+    if isinstance(source, TfdsSource) and data.caption_key is None:
+        return {name: [name] for name in source.class_names or ()}
+    return {}
 
 
 def _data_name(data: DataConfig) -> str:

@@ -27,7 +27,8 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> InputError:
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return InputError(f"unknown {kind} '{name}'; {hint}Valid: {', '.join(names)}")
+    listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names"
+    return InputError(f"unknown {kind} '{name}'; {hint}Valid: {listed}")
 
 
 def require_choice(argument: str, value: str, valid: Iterable[str]) -> None:

@@ -5,11 +5,12 @@ continues; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 import argparse
+import dataclasses
 import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from repkit.checks import InputError
 
@@ -18,6 +19,9 @@ EXIT_INPUT = 2
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and name the nearest valid option."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -96,15 +100,20 @@ def _train(options: argparse.Namespace) -> int:
     import jax
 
     from repkit.train.checkpoint import Checkpointer
-    from repkit.train.config import check_devices, make_placement, make_schedule
+    from repkit.train.config import check_devices, check_step, make_placement, make_schedule
     from repkit.train.interrupt import EXIT_INTERRUPTED, Interrupts
     from repkit.train.logging import MetricLogger
     from repkit.train.loop import NonFiniteLoss, fit
     from repkit.train.step import make_term_gradient_norms
 
+    if jax.process_count() > 1:
+        raise InputError("training on several processes is not supported yet; start one process")
     check_devices(config.train)
     experiment = recipe.build(config, run.path)
     batches = experiment.batches()
+    start = batches.get_state()
+    check_step(config.train, experiment.init, experiment.forward, experiment.objective, next(batches))
+    batches.set_state(start)
     run.create(config, options.recipe)
     experiment.save(run.path)
 
@@ -146,7 +155,8 @@ def _train(options: argparse.Namespace) -> int:
         finally:
             batches.close()
     if outcome.interrupted:
-        print(f"repkit: {outcome.interrupted} at step {outcome.step}; saved, --resume continues", file=sys.stderr)
+        kept = "saved, --resume continues" if outcome.step else "--resume begins"
+        print(f"repkit: {outcome.interrupted} at step {outcome.step}; {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"trained to step {outcome.step}: {run.path}")
     return 0
@@ -161,9 +171,9 @@ def _restored(options: argparse.Namespace):
     run = RunDirectory(options.run)
     recipe, config = run.load(options.recipe)
     experiment = recipe.build(config, run.path)
-    placement = make_placement(
-        config.train, experiment.init, experiment.forward, experiment.objective, rules=experiment.sharding_rules
-    )
+    # The devices need not be those of the training.
+    train = dataclasses.replace(config.train, placement="jit", mesh={"data": -1})
+    placement = make_placement(train, experiment.init, experiment.forward, experiment.objective)
     checkpoints = CheckpointReader(run.checkpoints, best_metric=experiment.best_metric)
     restored = checkpoints.restore(placement.abstract, checkpoints.best_step() if options.best else None)
     return run, experiment, restored.state.evaluation_params, restored.step

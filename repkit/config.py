@@ -4,7 +4,9 @@ Fields may be bool, int, float, str, a `Literal`, an optional one of these (`X |
 `dict[str, X]`, or another dataclass.
 """
 
+import contextlib
 import dataclasses
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -98,8 +100,10 @@ def from_json(kind: type[C], data: Mapping[str, Any], prefix: str = "") -> C:
     """Rebuilds a configuration of the given type from `to_json`'s values.
 
     Raises:
-        InputError: for an unknown name or a value of another type.
+        InputError: for an unknown or missing name, or a value of another type.
     """
+    if not isinstance(data, Mapping):
+        raise InputError(f"expected the settings {prefix or 'of a run'} by name, got {data!r}")
     hints = get_type_hints(kind)
     values = {}
     for name, value in data.items():
@@ -110,6 +114,10 @@ def from_json(kind: type[C], data: Mapping[str, Any], prefix: str = "") -> C:
             values[name] = from_json(hint, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             values[name] = _checked(value, hint, f"{prefix}{name}")
+    missing = [f"{prefix}{name}" for name in hints if name not in values]
+    if missing:
+        # Today's defaults need not be those of the version that wrote the values.
+        raise InputError(f"settings are missing: {', '.join(missing)}")
     return kind(**values)
 
 
@@ -166,10 +174,11 @@ def _read(text: str, hint: Any, name: str) -> Any:
     if hint is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if hint in (int, float, str):
-        try:
-            return hint(text)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = hint(text)
+            # NaN is not even equal to itself: a run with it in its configuration could never be resumed.
+            if not isinstance(value, float) or math.isfinite(value):
+                return value
     raise InputError(f"{name} takes {_describe(hint)}, got '{text}'")
 
 

@@ -19,7 +19,7 @@ from repkit.train.mesh import make_mesh
 from repkit.train.state import init_state
 from repkit.train.step import jit_placement, make_update
 
-NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxtyping", "tensorboardX", "tqdm")
 EXTRAS = {
     "data": ("grain", "tensorflow-datasets", "array_record", "tokenizers", "pillow", "scikit-learn"),
     "plot": ("matplotlib",),
@@ -41,9 +41,9 @@ def report() -> Iterator[tuple[str, bool]]:
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     yield f"{len(devices)} device(s): {kinds}; {jax.process_count()} process(es)", True
     for device in jax.local_devices():
-        yield _step_on([device], f"step on {device}")
+        yield _try_step_on([device], f"step on {device}")
     if len(devices) > 1:
-        yield _step_on(devices, f"step on the mesh {dict(make_mesh().shape)}")
+        yield _try_step_on(devices, f"step on the mesh {dict(make_mesh().shape)}")
 
 
 def _version(package: str) -> str | None:
@@ -51,6 +51,13 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _try_step_on(devices: Sequence[Any], label: str) -> tuple[str, bool]:
+    try:
+        return _step_on(devices, label)
+    except Exception as error:  # whatever a broken device raises is what the user came to see
+        return f"{label}: FAILED {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", False
 
 
 def _step_on(devices: Sequence[Any], label: str) -> tuple[str, bool]:

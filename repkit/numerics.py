@@ -21,13 +21,13 @@ Scalar: TypeAlias = Float[Array, ""] | Int[Array, ""] | float | int
 
 
 def at_least_float32(x: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` in float32, or in float64 where it is that already.
+    """`x` in float32, also if it holds integers or booleans, or in float64 where it is that already.
 
     >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
     dtype('float32')
     """
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def row_mask(where: Bool[Array, " b"] | None, rows: int) -> Bool[Array, " b"]:

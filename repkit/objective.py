@@ -71,6 +71,10 @@ class Term:
                 raise InputError(f"where and weights are taken from the batch, got the path '{path}'")
 
 
+RESERVED_NAMES = frozenset({"loss", "gradient_norm", "learning_rate", "step", "corrupt_examples"})
+"""What a row of logged metrics holds beside the terms."""
+
+
 class Report(NamedTuple):
     """What an evaluation of an objective leaves beside its scalar.
 
@@ -111,6 +115,8 @@ class Objective:
     def __init__(self, terms: Mapping[str, Term]):
         if not terms:
             raise InputError("an objective needs at least one term, got none")
+        for name in RESERVED_NAMES & terms.keys():
+            raise InputError(f"a term cannot be named '{name}': the logs use this name for something else")
         self.terms = dict(terms)
 
     def init_memories(self) -> dict[str, Any]:
@@ -205,7 +211,9 @@ def _evaluate(
         keywords["axis_name"] = axis_name
     if "memory" in parameters:
         keywords["memory"] = memory
-    # The loss sees the mask, so that masked rows are no candidates; the weights are applied to its per-row values.
+    if term.weights is not None:
+        # Per-row values come back unweighted; but a loss may also weigh rows against one another inside.
+        keywords["weights"] = _lookup(sources, term.weights, name)
     result = term.loss(*arguments, **keywords, where=_lookup(sources, term.where, name), reduction="none")
     return result if isinstance(result, tuple) else (result, None)
 

@@ -59,7 +59,9 @@ def load_recipe(path: Path) -> ModuleType:
         InputError: if there is no such file, or it lacks a name that a recipe needs.
     """
     if not path.is_file():
-        raise InputError(f"no recipe at '{path}'; a recipe is a Python file such as experiments/two_tower.py")
+        raise InputError(
+            f"no recipe at '{path}'; a recipe is a Python file, such as experiments/two_tower.py of a checkout"
+        )
     name = f"repkit_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -96,6 +98,12 @@ class RunDirectory:
             InputError: if the folder belongs to another configuration or holds something else, if it holds this run and
                 `resume` is not asked for, or if it cannot be written.
         """
+        try:
+            self._check_usable(config, resume=resume)
+        except OSError as error:
+            raise InputError(f"the run directory '{self.path}' cannot be used: {error}") from error
+
+    def _check_usable(self, config: Any, *, resume: bool) -> None:
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir():
             raise InputError(f"'{parent}' is a file; the run directory needs a folder there")
@@ -105,7 +113,7 @@ class RunDirectory:
             if self.path.exists() and any(self.path.iterdir()):
                 raise InputError(f"'{self.path}' holds other files and no run; choose another --run directory")
             return
-        stored = from_json(type(config), self._stored()["config"])
+        stored = self._config(type(config), self._stored())
         changed = differences(stored, config)
         if changed:
             raise InputError(
@@ -137,8 +145,16 @@ class RunDirectory:
         if not (self.path / CONFIG_FILE).exists():
             raise InputError(f"no run in '{self.path}' (there is no {CONFIG_FILE}); `repkit train` makes one")
         stored = self._stored()
+        if recipe is None and not Path(stored["recipe"]).is_file():
+            raise InputError(f"the recipe of this run is no longer at '{stored['recipe']}'; name it with --recipe")
         module = load_recipe(Path(stored["recipe"]) if recipe is None else recipe)
-        return module, from_json(module.Config, stored["config"])
+        return module, self._config(module.Config, stored)
+
+    def _config(self, kind: type[Any], stored: dict[str, Any]) -> Any:
+        try:
+            return from_json(kind, stored["config"])
+        except InputError as error:
+            raise InputError(f"'{self.path / CONFIG_FILE}' does not fit the recipe: {error}") from error
 
     def _stored(self) -> dict[str, Any]:
         try:

@@ -44,7 +44,11 @@ def _pairs(folder: Path, count: int = 16) -> str:
 
 
 def _from_jsonl(path: str) -> list[str]:
-    settings = ["data.source=jsonl", *(f"data.{split}={path}" for split in ("train", "validation", "test"))]
+    settings = [
+        "data.source=jsonl",
+        "data.image_size=16",
+        *(f"data.{split}={path}" for split in ("train", "validation", "test")),
+    ]
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -70,6 +74,11 @@ def _refusal(capsys, arguments: list[str]) -> str:
         (["--set", "model.heads=3"], "width must be a multiple of heads"),
         (["--set", "data.name=singel"], "did you mean 'single'?"),
         (["--smoke", "--set", "train.batch_size=33"], "cannot be split over 8 devices; choose a multiple of 8"),
+        (["--set", "train.clip_norm=-1"], "train.clip_norm must be positive"),
+        (["--set", "train.weight_decay=nan"], "train.weight_decay takes a number, got 'nan'"),
+        (["--set", "train.keep_best=-1"], "train.keep_best must be at least 0"),
+        (["--smoke", "--set", "gamma.memory_rate=2"], "memory_rate"),
+        (["--smoke", "--set", "data.max_length=0"], "max_length"),
         (["--smoke", "--set", "train.mesh=data=3"], "do not multiply to the 8 devices"),
     ],
 )
@@ -125,8 +134,17 @@ def test_help_and_settings_are_printed(capsys):
 def test_doctor_finds_every_device_well(capsys):
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    assert output.count("ok") == len(jax.devices()) + 1
+    assert len(re.findall(r"^step on .* ok$", output, re.MULTILINE)) == len(jax.devices()) + 1
     assert "MISSING" not in output
+
+
+def test_training_on_a_mesh_with_a_tensor_axis(tmp_path):
+    data = _from_jsonl(_pairs(tmp_path))
+    assert (
+        main(["train", RECIPE, "--run", str(tmp_path / "run"), *TINY, *data, "--set", "train.mesh=data=4,tensor=2"])
+        == 0
+    )
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").steps() == [4]
 
 
 def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
@@ -143,7 +161,9 @@ def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
     assert main(["plot", str(run)]) == 0
     figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(figures) == 4
-    assert all(Image.open(figure).size[0] > 300 for figure in figures)
+    for figure in figures:
+        with Image.open(figure) as image:
+            assert image.size[0] > 300
 
     config = (run / "config.json").read_bytes()
     assert "already holds this run; add --resume" in _refusal(capsys, arguments)
@@ -182,14 +202,14 @@ def test_a_killed_run_resumes_to_the_very_same_parameters(tmp_path, extra):
         return _command("train", RECIPE, "--run", str(tmp_path / name), *settings, *more)
 
     subprocess.run(train("whole"), check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(train("killed"), env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 13/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 75
+    with subprocess.Popen(train("killed"), env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 13/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 75
     assert re.search(r"SIGTERM at step \d+; saved, --resume continues", rest)
     stopped = CheckpointReader(tmp_path / "killed" / "checkpoints").latest_step()
     assert stopped is not None

@@ -86,6 +86,8 @@ def test_json_round_trip_keeps_values_and_types():
         ({"train": {"steps": "many"}}, "train.steps takes a whole number, got 'many'"),
         ({"train": {"steps": True}}, "train.steps takes a whole number"),
         ({"loss": "other"}, "loss takes one of"),
+        ({"train": []}, "expected the settings train. by name"),
+        ({"loss": "info_nce"}, "settings are missing: regularizers, augment, name, train"),
     ],
 )
 def test_json_of_another_shape_is_refused(data, message):

@@ -1,4 +1,4 @@
-"""Data: the digit scenes, sources of image-caption pairs, the tokenizer, augmentation, and the pipeline that joins them.
+"""Data: digit scenes, sources of image-caption pairs, the tokenizer, augmentation, and the pipeline that joins them.
 
 Nothing is imported here, because each module brings its own libraries (`pip install "repkit[data]"` installs them all):
 
@@ -6,7 +6,7 @@ Nothing is imported here, because each module brings its own libraries (`pip ins
 |---|---|---|
 | `scenes` | vocabulary, captions, `zero_shot_prompts`, composition of scenes | scikit-learn, to compose |
 | `digit_scenes` | the TFDS builder `DigitScenes` | tensorflow-datasets, Pillow |
-| `sources` | `digit_scenes_source`, `tfds_source`, `jsonl_source`, `all_captions` | Pillow; tensorflow-datasets for the first two |
+| `sources` | `digit_scenes_source`, `tfds_source`, `jsonl_source`, `all_captions` | tensorflow-datasets, Pillow |
 | `images` | `load_image` | Pillow |
 | `tokenizer` | `Tokenizer`, `train_tokenizer`, `load_tokenizer` | tokenizers |
 | `augment` | `Augmentation`, `augment_images`, `augment_texts` | |

@@ -36,7 +36,6 @@ SCENE_SYNONYMS: Mapping[str, Sequence[str]] = {
     "green": ("jade",),
     "blue": ("cobalt",),
     "yellow": ("golden",),
-    "purple": ("violet",),
     "black": ("jet",),
     "white": ("snowy",),
     "top": ("upper",),
@@ -63,7 +62,7 @@ class ImageAugmentation:
     """
 
     crop: float = 0.1
-    shift: float = 0.0625
+    shift: float = 0.04
     brightness: float = 0.08
     contrast: float = 0.15
     colour: float = 0.08

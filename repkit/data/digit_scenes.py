@@ -4,7 +4,6 @@ Importing this module registers the data set, so `tfds.builder("digit_scenes/sin
 hold is decided in `repkit.data.scenes`.
 """
 
-import dataclasses
 import io
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,25 +23,20 @@ SPLIT_SIZES: Mapping[str, int] = {"train": 8192, "validation": 512, "test": 512}
 SCENE_SEED = 20
 
 
-@dataclasses.dataclass(kw_only=True)
-class DigitScenesConfig(tfds.core.BuilderConfig):
-    """One way to compose scenes."""
-
-
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
     """Scenes of one digit (config `single`, 16 x 16) or of two to four related digits (config `pairs`, 32 x 32).
 
     An example holds `image` (PNG), `captions` and `ground_truth`, a JSON object with the `background` and, for every
     digit in the order in which the first caption names them, `digits`: digit, colour, row and column of the 3 x 3
-    grid, pixel box (top, left, size) and `stroke_id`, the row of the handwriting in scikit-learn's set. `single` adds
-    `label`, its digit.
+    grid, the pixel where its 8 x 8 box begins (top, left), and `stroke_id`, the row of the handwriting in
+    scikit-learn's set. `single` adds `label`, its digit.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (the base class declares it as a dict)
     BUILDER_CONFIGS = [  # noqa: RUF012 (the base class declares it as a list)
-        DigitScenesConfig(name="single", description="One digit: digit, colour, background and place."),
-        DigitScenesConfig(name="pairs", description="Two to four digits and their relations."),
+        tfds.core.BuilderConfig(name="single", description="One digit: digit, colour, background and place."),
+        tfds.core.BuilderConfig(name="pairs", description="Two to four digits and their relations."),
     ]
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from repkit.checks import InputError
 
 try:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 except ImportError as error:
     raise InputError('reading images needs Pillow: pip install "repkit[data]"') from error
 
@@ -63,6 +63,8 @@ def _from_bytes(encoded: bytes, image_size: int) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except CorruptExampleError:
         raise
+    except UnidentifiedImageError as error:
+        raise CorruptExampleError("not a readable image: its format is unknown") from error
     # Damaged files make decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     except Exception as error:
         raise CorruptExampleError(f"not a readable image: {type(error).__name__}: {error}") from error

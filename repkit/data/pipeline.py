@@ -23,15 +23,14 @@ from repkit.data.tokenizer import Tokenizer
 
 try:
     import grain
-    from grain.experimental import index_shuffle
 except ImportError as error:
     raise InputError('the data pipeline needs grain: pip install "repkit[data]"') from error
 
 MOST_CACHED_BYTES = 256 * 2**20
 """Decoded images are kept when all of a source's fit into this."""
 
-LEAST_ROWS_FOR_SHARE = 1000
-"""The share of corrupt examples is taken of at least this many rows, or of the whole source if it is smaller: one
+LEAST_READ_FOR_SHARE = 1000
+"""The share of corrupt examples is taken of at least this many examples, or of the whole source if it is smaller: one
 corrupt example among the first ten is no reason to stop."""
 
 # What random numbers are drawn for; each purpose has a stream of its own.
@@ -123,7 +122,7 @@ def make_batches(
         process_index: which share of the global batch to read; None is `jax.process_index()`. On a mesh whose data
             axis does not follow the processes, give the index and the number of the data shares instead.
         process_count: into how many shares the global batch is split; None is `jax.process_count()`.
-        max_corrupt_share: most of the rows read that may be corrupt, as a share of 1.
+        max_corrupt_share: most of the examples that may be corrupt, as a share of 1.
         num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for. The batches are the same.
         prefetch: how many batches are prepared ahead.
 
@@ -137,12 +136,13 @@ def make_batches(
 
     Raises:
         InputError: empty source; sizes that are not positive; a batch that does not divide by the processes. While
-            reading: more than `max_corrupt_share` of the rows are corrupt.
+            reading: more than `max_corrupt_share` of the examples are corrupt.
     """
     if process_index is None or process_count is None:
         import jax
 
         process_index, process_count = jax.process_index(), jax.process_count()
+    tokenizer.encode([""], max_length)  # Refuses a length that is too short before any thread starts.
     _check_arguments(source, batch_size, image_size, seed, process_index, process_count, max_corrupt_share)
     reader = _BatchReader(
         source,
@@ -174,6 +174,7 @@ class Batches:
         self._options = options
         self._max_corrupt_share = max_corrupt_share
         self._rows_read = 0
+        self._corrupt_examples: set[int] = set()
         self.corrupt = 0
         self._next_batch = 0
         self._iterator = None
@@ -230,15 +231,17 @@ class Batches:
         indices = grain.MapDataset.range(first_batch, self._reader.batch_count)
         return iter(indices.map(self._reader).to_iter_dataset(self._options))
 
-    def _count(self, batch: dict[str, np.ndarray], defects: Sequence[str]) -> None:
+    def _count(self, batch: dict[str, np.ndarray], defects: Sequence[tuple[int, str]]) -> None:
         self.corrupt += len(defects)
         self._rows_read += int(batch["where"].sum()) + len(defects)
-        least_rows = min(LEAST_ROWS_FOR_SHARE, self._reader.examples)
-        rows = max(self._rows_read, least_rows)
-        if defects and self.corrupt > self._max_corrupt_share * rows:
+        self._corrupt_examples |= {index for index, _ in defects}
+        # Each example counts once, however many epochs have been read.
+        corrupt, read = len(self._corrupt_examples), min(self._rows_read, self._reader.examples)
+        enough = min(LEAST_READ_FOR_SHARE, self._reader.examples)
+        if defects and corrupt > self._max_corrupt_share * max(read, enough):
             raise InputError(
-                f"{self.corrupt} of {self._rows_read} examples read are corrupt, more than max_corrupt_share "
-                f"{self._max_corrupt_share:g} allows; the last one: {defects[-1]}"
+                f"{corrupt} of {read} examples read are corrupt, more than max_corrupt_share "
+                f"{self._max_corrupt_share:g} allows; the last one: {defects[-1][1]}"
             )
 
 
@@ -281,10 +284,10 @@ class _BatchReader:
         self._rows = batch_size // process_count
         self._first_row = process_index * self._rows
         self.examples = len(source)
+        # A batch may lie in two epochs.
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled_order)
         self._cached: dict[int, _Example] = {}
         self._caches = self.examples * image_size**2 * 3 <= MOST_CACHED_BYTES
-        # Reports a max_length that is too small before any thread starts.
-        self._no_text = tokenizer.encode([""], max_length)
 
     @property
     def batch_count(self) -> int:
@@ -301,7 +304,7 @@ class _BatchReader:
             "shuffle": self._shuffle,
         }
 
-    def __call__(self, batch_index: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    def __call__(self, batch_index: int) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:
         start = batch_index * self.batch_size + self._first_row
         stop = start + self._rows if self._repeat else min(start + self._rows, self.examples)
         indices = [self._index_at(position) for position in range(start, stop)]
@@ -310,13 +313,18 @@ class _BatchReader:
         batch = self._assemble(indices, examples, captions)
         if self._augmentation is not None:
             batch |= self._augmented(batch["image"], captions, start, self._augmentation)
-        return batch, [example.defect for example in examples if example.defect is not None]
+        pairs = zip(indices, examples, strict=True)
+        return batch, [(index, example.defect) for index, example in pairs if example.defect is not None]
 
     def _index_at(self, position: int) -> int:
         epoch, index = divmod(position, self.examples)
         if not self._shuffle:
             return index
-        return index_shuffle(index, max_index=self.examples - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
+        return int(self._epoch_order(epoch)[index])
+
+    def _shuffled_order(self, epoch: int) -> np.ndarray:
+        """Eight bytes an example; Grain's shuffle needs no table, but milliseconds an index for a small source."""
+        return np.random.default_rng([self._seed, _SHUFFLE, epoch]).permutation(self.examples)
 
     def _example(self, index: int) -> _Example:
         # Two threads may both decode an example; they store the same value.
@@ -326,7 +334,10 @@ class _BatchReader:
         return example
 
     def _read_example(self, index: int) -> _Example:
-        record = self._source[index]
+        try:
+            record = self._source[index]
+        except CorruptExampleError as error:
+            return _Example(None, self._source.captions(index), 0, str(error))
         captions, label = record["captions"], record.get("label", 0)
         try:
             if not captions:
@@ -388,12 +399,6 @@ class _BatchReader:
         counter = position * draws // _NUMBERS_PER_COUNT
         key = _stream_key(self._seed, purpose)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """32 bits; hashed, so that epoch 1 of seed 0 is not epoch 0 of seed 1."""
-    return int(np.random.SeedSequence([seed, _SHUFFLE, epoch]).generate_state(1)[0])
 
 
 def _stream_key(seed: int, purpose: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Where examples come from: random access to images with their captions, from TFDS or from JSONL files."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -13,6 +14,9 @@ import numpy as np
 
 from repkit.checks import InputError, unknown_name
 from repkit.data.images import CorruptExampleError, load_image
+
+MOST_KEPT_BYTES = 64 * 2**20
+"""TFDS data sets up to this size are kept in memory once read, still encoded."""
 
 
 class Record(TypedDict):
@@ -58,7 +62,7 @@ def digit_scenes_source(config: str, split: str, data_dir: str | os.PathLike[str
 
     Returns:
         A source whose records also hold `ground_truth`: {"background": name, "digits": [{"digit", "colour", "row",
-        "column", "top", "left", "size", "stroke_id"}]}.
+        "column", "top", "left", "stroke_id"}]}.
 
     Raises:
         InputError: unknown config or split, or `data_dir` cannot be written.
@@ -116,7 +120,10 @@ def tfds_source(
 
 
 class TfdsSource:
-    """A split of a prepared TFDS data set; made by `tfds_source`."""
+    """A split of a prepared TFDS data set; made by `tfds_source`.
+
+    `class_names` are the names of the labels, in their order, where the data set has them.
+    """
 
     def __init__(self, builder: Any, split: str, *, image_key: str, caption_key: str | None, label_key: str | None):
         import tensorflow_datasets as tfds
@@ -126,6 +133,8 @@ class TfdsSource:
         decoders = {image_key: tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
         self._name = f"{builder.info.full_name} {split}"
         try:
+            if not builder.info.splits[split].num_examples:
+                raise InputError("the data set is empty")
             self._examples = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise InputError(
@@ -134,11 +143,13 @@ class TfdsSource:
             ) from error
         except ValueError as error:
             raise InputError(f"{self._name}: {error}") from error
-        if not len(self._examples):
-            raise InputError(f"{self._name}: the data set is empty")
+        # Parsing costs more than a small data set's memory, and training and evaluation read it again and again.
+        keep = builder.info.dataset_size <= MOST_KEPT_BYTES
+        self._read = functools.cache(self._examples.__getitem__) if keep else self._examples.__getitem__
         self._image_key, self._caption_key, self._label_key = image_key, caption_key, label_key
-        self._class_names = getattr(builder.info.features[label_key], "names", None) if caption_key is None else None
-        if caption_key is None and self._class_names is None:
+        label = None if label_key is None else builder.info.features[label_key]
+        self.class_names: list[str] | None = getattr(label, "names", None)
+        if caption_key is None and self.class_names is None:
             raise InputError(f"{self._name}: feature '{label_key}' has no class names; give caption_key")
         self.has_labels = label_key is not None
 
@@ -146,7 +157,7 @@ class TfdsSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._examples[index]
+        example = self._read(index)
         record = Record(
             image=example[self._image_key],
             captions=self._captions_of(example),
@@ -160,11 +171,12 @@ class TfdsSource:
         return record
 
     def captions(self, index: int) -> list[str]:
-        return self._captions_of(self._examples[index])
+        return self._captions_of(self._read(index))
 
     def _captions_of(self, example: Any) -> list[str]:
-        if self._class_names is not None:
-            return [self._class_names[int(example[self._label_key])]]
+        if self._caption_key is None:
+            assert self.class_names is not None  # refused when the source was made
+            return [self.class_names[int(example[self._label_key])]]
         value = example[self._caption_key]
         # TFDS gives texts as bytes, and its test doubles as str.
         texts = [value] if isinstance(value, bytes | str) else value
@@ -189,7 +201,8 @@ class JsonlSource:
         try:
             encoded = (self._root / line.image).read_bytes()
         except OSError as error:
-            raise InputError(f"{origin}: cannot read image {line.image!r}: {error.strerror}") from error
+            # It was there when the source was opened.
+            raise CorruptExampleError(f"{origin}: cannot read image {line.image!r}: {error.strerror}") from error
         record = Record(
             image=encoded, captions=list(line.captions), example_id=index, origin=f"{origin} ({line.image})"
         )
@@ -205,7 +218,7 @@ def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[
     """Image-caption pairs from a JSONL file, one object a line: {"image": path, "caption": text or [text, ...]}.
 
     An optional "label" is an integer class, on all lines or on none; other keys are ignored. The whole file is checked
-    at once, and its first image is opened; the other images are read when their turn comes.
+    at once: every image must be there, and the first one is opened; the others are read when their turn comes.
 
     Args:
         path: the file, UTF-8. Empty lines are skipped.
@@ -231,6 +244,9 @@ def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[
     unlike = next((line for line in lines if (line.label is None) != (lines[0].label is None)), None)
     if unlike is not None:
         raise InputError(f"{path}:{unlike.number}: expected a label on all lines or on none")
+    absent = next((line for line in lines if not (root / line.image).is_file()), None)
+    if absent is not None:
+        raise InputError(f"{path}:{absent.number}: cannot read image {absent.image!r}: No such file")
     source = JsonlSource(path, root, lines)
     first = source[0]
     try:
@@ -315,7 +331,8 @@ def _prepared_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any
         builder = make_builder()
     except tfds.core.DatasetNotFoundError as error:
         raise unknown_name("TFDS data set", name, tfds.list_builders(with_community_datasets=False)) from error
-    except (ValueError, RuntimeError) as error:
+    # TFDS says with an AssertionError that it has no such version.
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"TFDS data set {name}: {str(error).splitlines()[0]}") from error
     if builder.data_path.exists():
         return builder
@@ -326,6 +343,8 @@ def _prepared_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any
     except OSError as error:
         if not builder.data_path.exists():
             raise InputError(f"cannot prepare {name} in {builder.data_path}: {error}; give another data_dir") from error
+    except ImportError as error:
+        raise InputError(f"cannot prepare {name}: its builder needs what is not installed: {error}") from error
     # A new one, because the information of a builder that lost the race is incomplete.
     return make_builder()
 

@@ -15,11 +15,14 @@ state takes a `memory` and returns `(loss, memory)`. Embeddings are used as give
 
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
 from repkit.losses.contrastive import info_nce
+from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import LogPartitionMemory, gamma_contrastive, init_memory, sample_rates
 from repkit.losses.geometry import geometric_consistency
 from repkit.losses.separation import feature_separation
 
 __all__ = [
+    "Blocks",
+    "Form",
     "LogPartitionMemory",
     "brownian_bridge",
     "brownian_bridge_path",

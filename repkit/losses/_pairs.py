@@ -9,8 +9,9 @@ from repkit.numerics import Scalar, mask_rows, masked_logsumexp, row_indices, ro
 
 def same_precision(*arrays: Float[Array, "..."], where: Bool[Array, " b"] | None) -> list[Float[Array, "..."]]:
     """The arrays [b ...] in their common precision, at least float32, with the masked rows set to 0."""
-    dtype = jnp.promote_types(jnp.result_type(*(array.dtype for array in arrays)), jnp.float32)
-    return [mask_rows(array.astype(dtype), where) for array in arrays]
+    given = [jnp.asarray(array) for array in arrays]
+    dtype = jnp.promote_types(jnp.result_type(*given), jnp.float32)
+    return [mask_rows(array.astype(dtype), where) for array in given]
 
 
 def pair_masks(

@@ -165,9 +165,7 @@ def brownian_bridge_path(
 def _time_per_row(time: float | Array, rows: int, dtype: jnp.dtype) -> Float[Array, " b"]:
     t = jnp.asarray(time, dtype)
     if t.shape not in ((), (rows,)):
-        raise InputError(
-            f"brownian_bridge: expected time to be one number or one per row [{rows}], got shape {t.shape}"
-        )
+        raise InputError(f"brownian_bridge: expected time to be a number or one per row [{rows}], got shape {t.shape}")
     return jnp.broadcast_to(t, (rows,))
 
 

@@ -45,8 +45,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Sequence[str
 
     Returns:
         The model. With `capture`, its outputs hold `outputs["attention"][path]`, [b heads q k] float32, for each layer
-        that matches and took part; where a layer runs more than once in a pass (views of the same example), its first
-        run counts. The other outputs are those of the model without `capture`, and no other layer's map is kept.
+        that matches and took part. Where a layer sees several views of an example, as consecutive rows or in several
+        runs, the first counts. The other outputs are those of the model without `capture`, and no other map is kept.
 
     Raises:
         InputError: if a path matches no attention layer, or the module has variables that are not parameters.
@@ -80,7 +80,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Sequence[str
         if not captured:
             return module(batch, key=key)
         outputs, sown = nnx.capture(module, nnx.Intermediate)(batch, key=key)
-        return outputs | {"attention": _attention_maps(sown, captured)}
+        rows = len(next(iter(batch.values())))
+        return outputs | {"attention": _attention_maps(sown, captured, rows)}
 
     return Model(init, forward)
 
@@ -124,9 +125,10 @@ def _matching(patterns: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns))
 
 
-def _attention_maps(sown: nnx.State, paths: Sequence[str]) -> dict[str, Float[Array, "b heads q k"]]:
-    by_path = {".".join(map(str, path[:-1])): maps for path, maps in nnx.to_flat_state(sown)}
-    return {path: by_path[path].get_value()[0] for path in paths if path in by_path}
+def _attention_maps(sown: nnx.State, paths: Sequence[str], rows: int) -> dict[str, Float[Array, "b heads q k"]]:
+    by_path = {".".join(map(str, path[:-1])): maps.get_value()[0] for path, maps in nnx.to_flat_state(sown)}
+    views = {path: by_path[path].reshape(rows, -1, *by_path[path].shape[1:]) for path in paths if path in by_path}
+    return {path: maps[:, 0] for path, maps in views.items()}
 
 
 def _require_only_parameters(state: nnx.State) -> None:

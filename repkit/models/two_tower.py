@@ -90,16 +90,12 @@ class TwoTower(nnx.Module):
             InputError: if the batch has none of them, token ids without a mask, or arrays of a wrong shape.
         """
         outputs: Outputs = {}
-        for index, prefix in enumerate(("", "augmented_")):
-            if f"{prefix}image" in batch:
-                encoded = self.image(batch[f"{prefix}image"], key=fold(key, 2 * index))
-                outputs[f"{prefix}image"] = self._embed("image", encoded)
-            if f"{prefix}token_ids" in batch:
-                if f"{prefix}token_mask" not in batch:
-                    raise InputError(f"the batch has {prefix}token_ids and lacks {prefix}token_mask")
-                token_ids, token_mask = batch[f"{prefix}token_ids"], batch[f"{prefix}token_mask"]
-                encoded = self.text(token_ids, token_mask, key=fold(key, 2 * index + 1))
-                outputs[f"{prefix}text"] = self._embed("text", encoded)
+        if views := [prefix for prefix in ("", "augmented_") if f"{prefix}image" in batch]:
+            encoded = self.image(_rows_of_views(batch, "image", views), key=fold(key, 0))
+            outputs |= self._embed("image", encoded, views)
+        if views := [prefix for prefix in ("", "augmented_") if f"{prefix}token_ids" in batch]:
+            token_ids, token_mask = (_rows_of_views(batch, name, views) for name in ("token_ids", "token_mask"))
+            outputs |= self._embed("text", self.text(token_ids, token_mask, key=fold(key, 1)), views)
         if not outputs:
             raise InputError(f"the batch must have image or token_ids, got only: {', '.join(sorted(batch))}")
         return outputs | {"logit_scale": self.logit_scale()}
@@ -110,12 +106,16 @@ class TwoTower(nnx.Module):
         excess = jnp.maximum(log_scale - math.log(self.max_logit_scale), 0.0)
         return jnp.exp(log_scale - jax.lax.stop_gradient(excess))
 
-    def _embed(self, modality: str, encoded: Encoded) -> dict[str, Float[Array, "b embed_dim"]]:
-        projected = {"embeds": normalize(getattr(self, f"{modality}_projection")(encoded.pooled))}
+    def _embed(self, modality: str, encoded: Encoded, views: Sequence[str]) -> Outputs:
+        projections = {"embeds": getattr(self, f"{modality}_projection")}
         if self.independent:
-            independent = getattr(self, f"{modality}_independent_projection")(encoded.pooled)
-            projected["independent"] = normalize(independent)
-        return projected
+            projections["independent"] = getattr(self, f"{modality}_independent_projection")
+        shape = (len(encoded.pooled) // len(views), len(views), -1)
+        rows = {name: normalize(projection(encoded.pooled)).reshape(shape) for name, projection in projections.items()}
+        return {
+            f"{prefix}{modality}": {name: values[:, index] for name, values in rows.items()}
+            for index, prefix in enumerate(views)
+        }
 
 
 def two_tower(config: TwoTowerConfig, *, capture: Sequence[str] = ()) -> Model:
@@ -149,3 +149,20 @@ def two_tower(config: TwoTowerConfig, *, capture: Sequence[str] = ()) -> Model:
 
 def _projection(width: int, embed_dim: int, rngs: nnx.Rngs) -> Dense:
     return Dense(width, embed_dim, use_bias=False, dtype=jnp.float32, rngs=rngs)
+
+
+def _rows_of_views(batch: Batch, name: str, views: Sequence[str]) -> Array:
+    """The views of each example as consecutive rows, [b * views ...].
+
+    All views go through the encoder in one pass, as fast as in several and compiled in half the time. As consecutive
+    rows, and not one view after the other, they stay on the device that has their example.
+    """
+    names = [f"{prefix}{name}" for prefix in views]
+    missing = [full_name for full_name in names if full_name not in batch]
+    if missing:
+        raise InputError(f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}")
+    shape = batch[names[0]].shape
+    if any(batch[full_name].shape != shape for full_name in names):
+        given = ", ".join(str(list(batch[full_name].shape)) for full_name in names)
+        raise InputError(f"{' and '.join(names)} must have one shape, got {given}")
+    return jnp.stack([batch[full_name] for full_name in names], axis=1).reshape(len(views) * shape[0], *shape[1:])

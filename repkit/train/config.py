@@ -11,7 +11,7 @@ from repkit.checks import InputError
 from repkit.objective import Objective
 from repkit.train.mesh import Rules, batch_devices, make_mesh
 from repkit.train.state import TrainState, init_state
-from repkit.train.step import PMAP_AXIS, Forward, Placement, jit_placement, make_update, pmap_placement
+from repkit.train.step import PMAP_AXIS, Batch, Forward, Placement, Update, jit_placement, make_update, pmap_placement
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "keep_best", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise InputError(f"train.clip_norm must be positive, got {self.clip_norm}")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"train.batch_size must be a multiple of train.accumulate, got {self.batch_size} and {self.accumulate}"
@@ -69,8 +74,8 @@ class TrainConfig:
             raise InputError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.learning_rate <= 0:
             raise InputError(f"train.learning_rate must be positive, got {self.learning_rate}")
-        if self.log_term_gradients and self.placement == "pmap":
-            raise InputError("train.log_term_gradients needs train.placement=jit")
+        if self.log_term_gradients and (self.placement == "pmap" or self.accumulate > 1):
+            raise InputError("train.log_term_gradients needs train.placement=jit and train.accumulate=1")
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -122,6 +127,32 @@ def make_placement(
         objective: the loss terms.
         rules: how leaves of the state are sharded over the mesh.
     """
+    if config.placement == "pmap":
+        return pmap_placement(*_functions(config, init, forward, objective, axis_name=PMAP_AXIS))
+    return jit_placement(*_functions(config, init, forward, objective), make_mesh(config.mesh), rules=rules)
+
+
+def check_step(
+    config: TrainConfig, init: Callable[[jax.Array], object], forward: Forward, objective: Objective, batch: Batch
+) -> None:
+    """Traces a step on a batch, without any computation, so that what cannot work is known before the run begins.
+
+    Raises:
+        InputError: what the model and the losses raise for settings and inputs that they cannot use.
+    """
+    update, make_state = _functions(config, init, forward, objective)
+    jax.eval_shape(update, jax.eval_shape(make_state, jax.random.key(0)), dict(batch))
+
+
+def _functions(
+    config: TrainConfig,
+    init: Callable[[jax.Array], object],
+    forward: Forward,
+    objective: Objective,
+    *,
+    axis_name: str | None = None,
+) -> tuple[Update, Callable[[jax.Array], TrainState]]:
+    """The update, and what makes the state that it takes."""
     optimizer = make_optimizer(config)
     update = make_update(
         forward,
@@ -129,12 +160,10 @@ def make_placement(
         optimizer,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
-        axis_name=PMAP_AXIS if config.placement == "pmap" else None,
+        axis_name=axis_name,
     )
 
     def make_state(key: jax.Array) -> TrainState:
         return init_state(init, optimizer, objective, key=key, ema=config.ema_decay is not None)
 
-    if config.placement == "pmap":
-        return pmap_placement(update, make_state)
-    return jit_placement(update, make_state, make_mesh(config.mesh), rules=rules)
+    return update, make_state

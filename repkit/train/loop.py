@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is no longer a number; the run has been stopped, with its checkpoints as they were."""
+    """The loss or its gradient is no longer finite; the run has been stopped, with its checkpoints as they were."""
 
 
 def fit(
@@ -80,17 +80,22 @@ def fit(
         term_gradient_norms: from state and batch to each term's gradient norm, for the log rows; None for rows without.
 
     Raises:
-        NonFiniteLoss: if the loss of a logged step is not finite.
+        NonFiniteLoss: if the loss or the gradient of a step that is logged or saved is not finite.
     """
     state, step = _start(placement, batches, key, checkpointer)
 
     def save() -> None:
-        metrics = {} if validate is None else dict(validate(placement.get_state(state).evaluation_params))
-        if metrics:
-            logger.log(step, metrics)
-        checkpointer.save(step, placement.get_state(state), batches.get_state(), metrics)
+        quality: dict[str, float] = {}
+        try:
+            # A signal leaves little time; the state matters more than its quality.
+            if validate is not None and interrupts.requested is None:
+                quality = dict(validate(placement.get_state(state).evaluation_params))
+                logger.log(step, quality)
+        finally:
+            checkpointer.save(step, placement.get_state(state), batches.get_state(), quality)
 
     saved = step
+    metrics: Metrics = {}
     while step < steps and interrupts.requested is None:
         host_batch = next(batches)
         batch = placement.put_batch(host_batch)
@@ -99,18 +104,16 @@ def fit(
         state, metrics = placement.update(state, batch)
         step += 1
         if is_logged:
-            values = {name: float(value) for name, value in jax.device_get({**metrics, **norms}).items()}
-            # The terminal shows the first few.
-            row = {"loss": values.pop("loss"), "gradient_norm": values.pop("gradient_norm"), **values}
+            row = _row({**metrics, **norms})
             row |= {"learning_rate": float(schedule(step - 1)), "corrupt_examples": batches.corrupt}
             logger.log(step, row, examples=step * len(host_batch["where"]) * jax.process_count())
-            if not math.isfinite(row["loss"]):
-                checkpointer.wait()
-                raise NonFiniteLoss(f"the loss is {row['loss']} at step {step}; the newest checkpoint is step {saved}")
+            _require_finite(metrics, step, saved)
         if step % checkpoint_every == 0 or step == steps:
+            _require_finite(metrics, step, saved)
             save()
             saved = step
     if saved < step:
+        _require_finite(metrics, step, saved)
         save()
     checkpointer.wait()
     return Outcome(placement.get_state(state), step, interrupts.requested if step < steps else None)
@@ -122,3 +125,24 @@ def _start(placement: Placement, batches: Batches, key: Array, checkpointer: Che
     restored = checkpointer.restore(placement.abstract)
     batches.set_state(restored.data_position)
     return placement.put_state(restored.state), restored.step
+
+
+def _row(metrics: Metrics) -> dict[str, float]:
+    """The metrics as numbers, in the order in which a reader wants them: a terminal shows the first few."""
+
+    def importance(name: str) -> int:
+        if name in ("loss", "gradient_norm"):
+            return 0 if name == "loss" else 3
+        return 1 if name.endswith("/info_nce") else 2 if "/" not in name else 4
+
+    values = jax.device_get(dict(metrics))
+    return {name: float(values[name]) for name in sorted(values, key=importance)}
+
+
+def _require_finite(metrics: Metrics, step: int, saved: int) -> None:
+    loss, gradient_norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
+    if not math.isfinite(loss + gradient_norm):
+        raise NonFiniteLoss(
+            f"the loss is {loss} and the gradient's norm {gradient_norm} at step {step}; "
+            f"the newest checkpoint is step {saved}"
+        )

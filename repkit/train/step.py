@@ -116,7 +116,7 @@ def _parts(batch: Batch, count: int) -> dict[str, Array]:
     """[b ...] -> [count, b/count ...] by every count-th row, so that each device's rows are spread over all parts."""
     rows = len(batch["where"])
     if rows % count:
-        raise InputError(f"a batch of {rows} rows a device cannot be accumulated in {count} equal parts")
+        raise InputError(f"a batch of {rows} rows cannot be accumulated in {count} equal parts")
     return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
 
@@ -229,13 +229,14 @@ def pmap_placement(
         devices: this process's devices; None takes all of them.
     """
     devices = jax.local_devices() if devices is None else list(devices)
+    mesh = Mesh(np.array(devices), PMAP_AXIS)
+    replicated, copies = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(PMAP_AXIS))
     mapped = jax.pmap(update, PMAP_AXIS, out_axes=(0, None), devices=devices, donate_argnums=0)
 
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(len(devices), -1, *x.shape[1:])
 
     def put_state(state: TrainState) -> TrainState:
-        copies = NamedSharding(Mesh(np.array(devices), PMAP_AXIS), PartitionSpec(PMAP_AXIS))
         repeat = jax.jit(
             lambda leaves: jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *x.shape)), leaves),
             out_shardings=copies,
@@ -243,8 +244,11 @@ def pmap_placement(
         return repeat(state)
 
     return Placement(
-        abstract=jax.eval_shape(make_state, jax.random.key(0)),
-        init=lambda key: put_state(jax.jit(make_state)(key)),
+        abstract=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+            jax.eval_shape(make_state, jax.random.key(0)),
+        ),
+        init=lambda key: put_state(jax.jit(make_state, out_shardings=replicated)(key)),
         put_state=put_state,
         get_state=lambda state: jax.tree.map(lambda x: x[0], state),
         put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, len(devices)))),

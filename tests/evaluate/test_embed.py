@@ -1,5 +1,10 @@
 """Embeddings of a data set: order, masked rows, devices, compilation."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +113,57 @@ def test_texts_in_token_batches_keep_their_order(params):
 def test_nothing_to_embed_is_said(params, valid, said):
     with pytest.raises(InputError, match=said):
         embed(forward, params, host_batches(valid))
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from repkit.evaluate import embed
+
+sharding = NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+rows = np.arange(2) + 2 * int(sys.argv[2])
+batch = {"image": rows[:, None].astype(np.float32), "example_id": rows, "where": rows != 1}
+
+
+def forward(params, batch, key):
+    return {"image": {"embeds": params * batch["image"]}}
+
+
+def place(batch):
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+found = embed(forward, 10.0, [batch], place=place)
+print("found", found["image_embeds"].ravel().tolist(), found["example_id"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_every_process_gets_the_rows_of_all():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, port, str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for printed, errors in outputs:
+        # The first row of process 0 is 0, its second is masked.
+        assert "found [0.0, 20.0, 30.0] [0, 2, 3]" in printed, errors

@@ -17,7 +17,7 @@ from repkit.train.logging import MetricLogger, read_metrics
 from repkit.train.loop import NonFiniteLoss, fit
 from repkit.train.mesh import make_mesh
 from repkit.train.state import init_state
-from repkit.train.step import jit_placement, make_update
+from repkit.train.step import PMAP_AXIS, jit_placement, make_update, pmap_placement
 
 
 def _squared_error(prediction, target, *, where=None, reduction="mean"):
@@ -51,7 +51,7 @@ class Stream:
         self.position = state["position"]
 
 
-def _run(folder, stream, *, steps=12, checkpoint_every=5, validate=None):
+def _run(folder, stream, *, steps=12, checkpoint_every=5, log_every=2, validate=None, pmap=False):
     objective = Objective({"error": Term(_squared_error, ("outputs.y", "batch.y"))})
     optimizer = optax.adam(0.1)
 
@@ -65,9 +65,12 @@ def _run(folder, stream, *, steps=12, checkpoint_every=5, validate=None):
             lambda key: {"w": jax.random.normal(key, (3,), jnp.float32)}, optimizer, objective, key=key, ema=True
         )
 
-    placement = jit_placement(
-        make_update(forward, objective, optimizer, ema_decay=0.9), make_state, make_mesh(devices=jax.devices()[:1])
-    )
+    if pmap:
+        update = make_update(forward, objective, optimizer, ema_decay=0.9, axis_name=PMAP_AXIS)
+        placement = pmap_placement(update, make_state, jax.devices()[:2])
+    else:
+        update = make_update(forward, objective, optimizer, ema_decay=0.9)
+        placement = jit_placement(update, make_state, make_mesh(devices=jax.devices()[:1]))
     with (
         Checkpointer(folder / "checkpoints", best_metric="quality" if validate else None, keep_last=1) as checkpointer,
         MetricLogger(folder, total_steps=steps, stream=io.StringIO(), tensorboard=False) as logger,
@@ -81,19 +84,20 @@ def _run(folder, stream, *, steps=12, checkpoint_every=5, validate=None):
             checkpointer=checkpointer,
             logger=logger,
             interrupts=interrupts,
-            log_every=2,
+            log_every=log_every,
             checkpoint_every=checkpoint_every,
             schedule=lambda step: 0.1,
             validate=validate,
         ), checkpointer.steps()
 
 
-def test_a_stopped_run_goes_on_to_the_very_same_state(tmp_path):
-    whole, _ = _run(tmp_path / "whole", Stream())
-    stopped, steps = _run(tmp_path / "stopped", Stream(signal_at=6))
+@pytest.mark.parametrize("pmap", [False, True], ids=["jit", "pmap"])
+def test_a_stopped_run_goes_on_to_the_very_same_state(tmp_path, pmap):
+    whole, _ = _run(tmp_path / "whole", Stream(), pmap=pmap)
+    stopped, steps = _run(tmp_path / "stopped", Stream(signal_at=6), pmap=pmap)
     # The batch in hand is finished, and its step saved.
     assert (stopped.interrupted, stopped.step, steps) == ("SIGTERM", 7, [7])
-    resumed, _ = _run(tmp_path / "stopped", Stream())
+    resumed, _ = _run(tmp_path / "stopped", Stream(), pmap=pmap)
     assert (resumed.interrupted, resumed.step) == (None, 12)
     states = [whole.state, resumed.state]
     for state in states:
@@ -135,8 +139,30 @@ def test_validation_sees_the_moving_average(tmp_path):
     assert not np.array_equal(seen[-1], outcome.state.params["w"])
 
 
+def test_a_signal_saves_without_validating(tmp_path):
+    outcome, steps = _run(tmp_path, Stream(signal_at=3), validate=lambda params: pytest.fail("there is no time for it"))
+    assert (outcome.interrupted, steps) == ("SIGTERM", [4])
+
+
+def test_a_failing_validation_loses_no_step(tmp_path):
+    def validate(params):
+        raise OSError("the validation data are gone")
+
+    with pytest.raises(OSError, match="are gone"):
+        _run(tmp_path, Stream(), validate=validate)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.steps() == [5]
+
+
+def test_no_checkpoint_of_a_poisoned_state(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"at step 10; the newest checkpoint is step 5"):
+        _run(tmp_path, Stream(nan_at=7), log_every=100)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.steps() == [5]
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_path):
-    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 8; the newest checkpoint is step 5"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan and .* at step 8; the newest checkpoint is step 5"):
         _run(tmp_path, Stream(nan_at=6))
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
         assert checkpointer.steps() == [5]

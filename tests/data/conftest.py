@@ -1,0 +1,70 @@
+"""Small real data that the tests of this folder share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repkit.data.sources import JsonlSource, TfdsSource, digit_scenes_source, jsonl_source
+from repkit.data.tokenizer import Tokenizer, train_tokenizer
+
+COLOURS = {"red": (200, 30, 40), "green": (50, 160, 70), "blue": (50, 80, 210)}
+PAIRS = 23
+
+
+@pytest.fixture(scope="session")
+def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder that fills up with the digit scenes that tests ask for."""
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="session")
+def single_scenes(scenes_dir: Path) -> Callable[[str], TfdsSource]:
+    return lambda split: digit_scenes_source("single", split, scenes_dir)
+
+
+@pytest.fixture(scope="session")
+def pair_lines() -> list[dict[str, Any]]:
+    """The lines of `pairs`: 23 images with one, two or three captions by turns, and labels."""
+    colours = list(COLOURS)
+
+    def line(index: int) -> dict[str, Any]:
+        captions = [f"a {colours[(index + shift) % 3]} patch, number {index}" for shift in range(index % 3 + 1)]
+        caption = captions[0] if len(captions) == 1 else captions
+        return {"image": f"images/{index}.png", "caption": caption, "label": index % 4}
+
+    return [line(index) for index in range(PAIRS)]
+
+
+@pytest.fixture
+def write_pairs(tmp_path: Path) -> Callable[..., Path]:
+    """Writes lines, given as objects or as raw text, to a JSONL file beside a folder `images` with 23 small PNGs."""
+    folder = tmp_path / "pairs"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(PAIRS):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+
+    def write(*lines: Any) -> Path:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (folder / "pairs.jsonl").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        return folder / "pairs.jsonl"
+
+    return write
+
+
+@pytest.fixture
+def pairs(write_pairs: Callable[..., Path], pair_lines: list[dict[str, Any]]) -> JsonlSource:
+    """23 images with one to three captions each, and labels."""
+    return jsonl_source(write_pairs(*pair_lines))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    texts = [f"a {colour} patch, number {number}" for colour in COLOURS for number in range(PAIRS)]
+    return train_tokenizer(texts, vocab_size=128)

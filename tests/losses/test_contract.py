@@ -1,0 +1,644 @@
+"""What every public loss promises, tested alike for all of them.
+
+A new loss needs a float64 reference in tests/reference/losses.py and one entry, or one per variant, in CASES.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import beartype
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import jaxtyped
+
+from repkit import losses
+from repkit.checks import InputError
+from repkit.losses.bridge import SAMPLED_TIMES
+from tests.reference import losses as reference
+
+B, D = 16, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One loss with one choice of options.
+
+    Attributes:
+        loss: the public function.
+        arrays: name of each positional array to the axes between the first and the last, such as (2,) for [b 2 d].
+        reference: of keyword arguments and those at which what the loss holds fixed is computed, to losses [b].
+        scalars: differentiable scalar arguments and their values.
+        rows: integer arguments with one entry per row.
+        options: all other arguments; read from a function because they may hold arrays.
+        mistakes: pairs of wrong options and a phrase of the message that they must raise.
+    """
+
+    loss: Callable[..., Any]
+    arrays: Mapping[str, tuple[int, ...]]
+    reference: Callable[[dict[str, Any], dict[str, Any]], np.ndarray]
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    options: Callable[[], dict[str, Any]] = dict
+    mistakes: tuple[tuple[dict[str, Any], str], ...] = ()
+
+
+# These programs run a few times on tiny arrays: compiling is all they cost.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_key() -> jax.Array:
+    return jax.random.key(7)
+
+
+LABELS = np.array([0, 1, 2, 3, 1, 5, 2, 7, 8, 9, 1, 11, 12, 13, 14, 9], np.int32)
+# Twice the same example, and ids outside the memory on both sides.
+EXAMPLE_IDS = np.array([3, 30, 7, 12, 3, 39, 0, 22, 40, -1, 17, 5, 28, 31, 9, 14], np.int32)
+PAIR = {"image_embeds": (), "text_embeds": ()}
+SEPARATION = PAIR | dict.fromkeys(
+    ("image_independent", "text_independent", "augmented_image_independent", "augmented_text_independent"), ()
+)
+MEMORY_VALUES = np.random.default_rng(5).normal(4.0, 0.5, (2, 40))
+MEMORY_VISITED = np.random.default_rng(6).random(40) < 0.6
+
+
+def memory() -> losses.LogPartitionMemory:
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    return losses.init_memory(40, dtype)._replace(
+        image_to_text=jnp.asarray(MEMORY_VALUES[0], dtype),
+        text_to_image=jnp.asarray(MEMORY_VALUES[1], dtype),
+        visited=jnp.asarray(MEMORY_VISITED),
+    )
+
+
+def gamma_reference(**options) -> Callable[[dict[str, Any], dict[str, Any]], np.ndarray]:
+    def evaluate(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+        held = {name: held[name] for name in ("image_embeds", "text_embeds", "logit_scale")}
+        noise = None
+        if options.get("draw") != "expected":
+            # The draws themselves are tested in test_gamma.py; here they are taken as they are.
+            zeros = jnp.zeros((B, 2), jnp.float64)
+            noise = np.exp(losses.sample_rates(zeros, key=make_key(), shape=options.get("shape", 1.0))).T
+        kept = {name: value for name, value in options.items() if name != "shape"}
+        return reference.gamma_contrastive(**now, **kept, noise=noise, held=held)
+
+    return evaluate
+
+
+def bridge_times() -> np.ndarray:
+    return np.asarray(jax.random.uniform(make_key(), (B,), jnp.float64, *SAMPLED_TIMES))
+
+
+MEMORY_REFERENCE = {
+    "image_to_text": MEMORY_VALUES[0],
+    "text_to_image": MEMORY_VALUES[1],
+    "visited": MEMORY_VISITED,
+}
+CASES = {
+    "info_nce": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        mistakes=(
+            ({"direction": "image_to_txt"}, "did you mean 'image_to_text'"),
+            ({"labels": np.zeros(B, np.float32)}, "expected labels to hold int values"),
+        ),
+    ),
+    "info_nce, without labels, from the text": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now, direction="text_to_image"),
+        scalars={"logit_scale": 3.0},
+        options=lambda: {"direction": "text_to_image"},
+    ),
+    "gamma_contrastive": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(memory=MEMORY_REFERENCE, memory_rate=0.3),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS, "example_id": EXAMPLE_IDS},
+        options=lambda: {"memory": memory(), "memory_rate": 0.3, "key": make_key()},
+        mistakes=(
+            ({"key": None}, "needs a random key"),
+            ({"key": np.zeros(2, np.uint32)}, "typed random key"),
+            ({"example_id": None}, "a memory needs example_id"),
+            ({"memory_rate": None}, "a memory needs memory_rate"),
+            ({"memory_rate": 1.5}, "expected memory_rate > 0 and <= 1"),
+            ({"draw": "sample"}, "did you mean 'sampled'"),
+            ({"positive": "mean"}, "unknown positive 'mean'"),
+            ({"shape": 0.0}, "expected shape > 0"),
+            ({"dataset_size": 1}, "expected dataset_size >= 2"),
+        ),
+    ),
+    "gamma_contrastive, sampled positives, weighted": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(dataset_size=100, positive="sampled", positive_weight=0.5, shape=2.0),
+        scalars={"logit_scale": 3.0},
+        options=lambda: {
+            "memory": None,
+            "dataset_size": 100,
+            "positive": "sampled",
+            "positive_weight": 0.5,
+            "shape": 2.0,
+            "key": make_key(),
+        },
+    ),
+    "gamma_contrastive, expected, without positives": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(memory=MEMORY_REFERENCE, memory_rate=1.0, draw="expected", positive_weight=0.0),
+        scalars={"logit_scale": 3.0},
+        rows={"example_id": EXAMPLE_IDS},
+        options=lambda: {"memory": memory(), "memory_rate": 1.0, "draw": "expected", "positive_weight": 0.0},
+    ),
+    "feature_separation": Case(
+        losses.feature_separation,
+        SEPARATION,
+        lambda now, held: reference.feature_separation(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+    ),
+    "feature_separation, weighted parts": Case(
+        losses.feature_separation,
+        SEPARATION,
+        lambda now, held: reference.feature_separation(**now),
+        scalars={
+            "logit_scale": 3.0,
+            "orthogonality_weight": 0.5,
+            "contrastive_weight": 2.0,
+            "uniformity_weight": 3.0,
+        },
+    ),
+    "brownian_bridge": Case(
+        losses.brownian_bridge,
+        PAIR | {"augmented_embeds": ()},
+        lambda now, held: reference.brownian_bridge(**now, time=bridge_times(), is_sampled=True),
+        options=lambda: {"time": "sampled", "key": make_key()},
+    ),
+    "brownian_bridge, fixed time": Case(
+        losses.brownian_bridge,
+        PAIR | {"augmented_embeds": ()},
+        lambda now, held: reference.brownian_bridge(**now, time=0.25),
+        mistakes=(
+            ({"time": "sample"}, "did you mean 'sampled'"),
+            ({"time": "sampled"}, "needs a random key"),
+            ({"time": 1.5}, "expected time >= 0 and <= 1"),
+            ({"time": np.zeros(3, np.float32)}, "a number or one per row"),
+        ),
+    ),
+    "brownian_bridge_path": Case(
+        losses.brownian_bridge_path,
+        PAIR | {"path_embeds": (3,)},
+        lambda now, held: reference.brownian_bridge_path(**now, times=(0.2, 0.3, 0.8)),
+        options=lambda: {"times": (0.2, 0.3, 0.8)},
+        mistakes=(
+            ({"times": (0.2, 0.8)}, "expected 3 increasing times"),
+            ({"times": (0.2, 0.9, 0.8)}, "expected 3 increasing times"),
+            ({"times": (0.0, 0.2, 0.8)}, "strictly between 0 and 1"),
+        ),
+    ),
+    "geometric_consistency": Case(
+        losses.geometric_consistency,
+        PAIR | {"augmented_image_embeds": (), "augmented_text_embeds": ()},
+        lambda now, held: reference.geometric_consistency(**now),
+        scalars={"cross_modal_weight": 0.25, "in_modal_weight": 0.5},
+        mistakes=(({"augmented_text_embeds": None}, "pass both or neither"),),
+    ),
+    "geometric_consistency, not augmented": Case(
+        losses.geometric_consistency,
+        PAIR,
+        lambda now, held: reference.geometric_consistency(**now),
+    ),
+}
+# Where a test is about a loss and not about its options, the first case of each loss stands for it: one that draws, if
+# the loss can.
+LOSSES = {case.loss.__name__: case for case in reversed(CASES.values())}
+
+every_case = pytest.mark.parametrize("name", CASES)
+every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs and calls
+
+
+def make_inputs(case: Case, seed: int = 0, rows: int = B) -> dict[str, Any]:
+    """Unit vectors that are alike within a row, and the scalars: everything that a gradient is taken of."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=(rows, D))
+    inputs: dict[str, Any] = {}
+    for name, axes in case.arrays.items():
+        x = common.reshape(rows, *(1,) * len(axes), D) + rng.normal(size=(rows, *axes, D))
+        inputs[name] = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return inputs | {name: np.float64(value) for name, value in case.scalars.items()}
+
+
+def make_mask() -> np.ndarray:
+    """On 8 devices of two rows: devices without, with one and with two valid rows."""
+    where = np.ones(B, bool)
+    where[[0, 1, 5, 6, 14]] = False
+    return where
+
+
+def make_weights() -> np.ndarray:
+    weights = np.random.default_rng(3).uniform(0.5, 2.0, B)
+    weights[[2, 9]] = 0.0
+    return weights
+
+
+def call(case: Case, inputs: Mapping[str, Any], rows: Mapping[str, Any] | None = None, **keywords) -> Any:
+    """The loss, as (loss, memory) where it has a memory and as (loss, None) where it has none."""
+    arrays = [inputs[name] for name in case.arrays]
+    scalars = {name: inputs[name] for name in case.scalars}
+    result = case.loss(*arrays, **({**scalars, **(rows or case.rows), **case.options()} | keywords))
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """The arrays as JAX arrays, rounded by NumPy: no program is compiled for it."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(dtype)), tree)
+
+
+@functools.cache
+def compiled(name: str) -> Callable[..., Any]:
+    """(inputs, rows, where, weights) -> (mean loss, memory), gradient; compiled once per case and dtype."""
+
+    def mean(inputs: dict[str, Any], rows: dict[str, Any], where: Any, weights: Any) -> Any:
+        return call(CASES[name], inputs, rows, where=where, weights=weights)
+
+    return jit(jax.value_and_grad(mean, has_aux=True))
+
+
+def value_and_gradient(name: str, inputs: dict[str, Any], where: Any, weights: Any) -> Any:
+    """The mean loss and its gradient, in NumPy."""
+    (value, _), gradient = jax.device_get(compiled(name)(inputs, dict(CASES[name].rows), where, weights))
+    return value, gradient
+
+
+def reference_rows(case: Case, inputs: dict[str, Any], held: dict[str, Any], where: Any, weights: Any) -> np.ndarray:
+    arguments = {**inputs, **case.rows, "where": where, "weights": weights}
+    return case.reference(arguments, held)
+
+
+def reference_mean(case: Case, inputs: dict[str, Any], held: dict[str, Any], where: Any, weights: Any) -> float:
+    rows = reference_rows(case, inputs, held, where, weights)
+    total = sum(weights[i] * rows[i] for i in range(B) if where[i])
+    return total / sum(weights[i] for i in range(B) if where[i])
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Form
+
+
+def test_every_public_loss_has_a_case():
+    functions = {name: value for name, value in vars(losses).items() if name in losses.__all__}
+    public = {
+        name
+        for name, value in functions.items()
+        if inspect.isfunction(value) and "reduction" in inspect.signature(value).parameters
+    }
+    assert public == set(LOSSES)
+
+
+@every_loss
+def test_signature(name):
+    parameters = inspect.signature(LOSSES[name].loss).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    positional = [each for each, kind in zip(parameters, kinds, strict=True) if kind != inspect.Parameter.KEYWORD_ONLY]
+    keywords = list(parameters)[len(positional) :]
+    assert positional == list(LOSSES[name].arrays)
+    assert keywords[-4:] == ["where", "weights", "axis_name", "reduction"]
+    assert [parameters[each].default for each in keywords[-4:]] == [None, None, None, "mean"]
+    assert "key" not in keywords or keywords[-5] == "key"
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters.values())
+
+
+@every_loss
+def test_docstring_describes_every_argument(name):
+    text = inspect.getdoc(LOSSES[name].loss) or ""
+    for parameter in inspect.signature(LOSSES[name].loss).parameters:
+        assert f"\n    {parameter}: " in text, parameter
+    for section in ("Args:", "Returns:", "Raises:", "Example:", ">>>", "References:"):
+        assert section in text, section
+
+
+@every_case
+def test_annotations_hold_and_no_dtype_or_rank_is_promoted(name):
+    case = CASES[name]
+    checked = dataclasses.replace(case, loss=jaxtyped(typechecker=beartype.beartype)(case.loss))
+    inputs, rows = cast(make_inputs(case), jnp.float32), cast(dict(case.rows), jnp.int32)
+    where, weights = jnp.asarray(make_mask()), jnp.asarray(make_weights(), jnp.float32)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for reduction in ("mean", "sum", "none"):
+            result = jax.eval_shape(
+                lambda reduction=reduction: call(
+                    checked, inputs, rows, where=where, weights=weights, reduction=reduction
+                )[0]
+            )
+            assert result.dtype == jnp.float32
+            assert result.shape == ((B,) if reduction == "none" else ())
+            assert not result.weak_type
+
+
+@every_loss
+def test_shapes_that_do_not_fit_are_refused_by_name(name):
+    case = LOSSES[name]
+    inputs = cast(make_inputs(case), jnp.float32)
+    second = list(case.arrays)[1]
+    x = inputs[second]
+    for wrong, message in (
+        (x[..., :-1], f"expected d = {D}, as in image_embeds, got d = {D - 1} in {second}"),
+        (x[:-1], f"expected b = {B}, as in image_embeds, got b = {B - 1} in {second}"),
+        (x[0], f"expected {second} to have {x.ndim} axes"),
+        (x.astype(jnp.int32), f"expected {second} to hold float values"),
+        (x.tolist(), f"expected {second} to be an array, got list"),
+    ):
+        with pytest.raises(InputError, match=f"^{name}: ") as caught:
+            call(case, inputs | {second: wrong})
+        assert message in str(caught.value)
+        assert f"image_embeds: float32[{B}, {D}]" in str(caught.value), "the message shows all arguments"
+    for option, wrong, message in (
+        ("where", jnp.ones(B), "expected where to hold bool values"),
+        ("weights", jnp.ones(B + 1), f"got b = {B + 1} in weights"),
+        ("reduction", "men", "did you mean 'mean'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            jax.eval_shape(lambda option=option, wrong=wrong: call(case, inputs, **{option: wrong})[0])
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [(name, options, message) for name, case in CASES.items() for options, message in case.mistakes],
+)
+def test_wrong_options_are_refused(name, options, message):
+    inputs = cast(make_inputs(CASES[name]), jnp.float32)
+    positional = {each: value for each, value in options.items() if each in CASES[name].arrays}
+    keywords = {each: value for each, value in options.items() if each not in positional}
+    with pytest.raises(InputError) as caught:
+        jax.eval_shape(lambda: call(CASES[name], inputs | positional, **keywords)[0])
+    assert message in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Value and gradient
+
+
+@every_case
+@pytest.mark.usefixtures("float64")
+def test_value_and_gradient_against_float64_loops(name):
+    """With an uneven mask, uneven weights, and rows of weight 0 that are still candidates."""
+    case, where, weights = CASES[name], make_mask(), make_weights()
+    inputs = make_inputs(case)
+    value, gradient = value_and_gradient(name, inputs, where, weights)
+    assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, reference_mean(case, inputs, inputs, where, weights), rtol=1e-12)
+
+    rng, step = np.random.default_rng(2), 1e-5
+    for argument in inputs:
+        direction = rng.normal(size=np.shape(inputs[argument]))
+        ahead = inputs | {argument: inputs[argument] + step * direction}
+        behind = inputs | {argument: inputs[argument] - step * direction}
+        difference = reference_mean(case, ahead, inputs, where, weights)
+        difference -= reference_mean(case, behind, inputs, where, weights)
+        got = float(np.sum(gradient[argument] * direction))
+        assert got == pytest.approx(difference / (2 * step), rel=1e-7, abs=1e-9), argument
+
+
+@every_loss
+@pytest.mark.usefixtures("float64")
+def test_reductions_agree_with_the_rows(name):
+    case, where, weights = LOSSES[name], make_mask(), make_weights()
+    inputs = make_inputs(case)
+
+    def evaluate(inputs: dict[str, Any]) -> list[Any]:
+        options = {"where": jnp.asarray(where), "weights": jnp.asarray(weights)}
+        return [call(case, inputs, **options, reduction=reduction)[0] for reduction in ("mean", "sum", "none")]
+
+    mean, total, rows = jax.device_get(jit(evaluate)(inputs))
+    np.testing.assert_allclose(rows, reference_rows(case, inputs, inputs, where, weights), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(total, np.sum(weights * rows), rtol=1e-12)
+    np.testing.assert_allclose(mean, np.sum(weights * rows) / np.sum(weights[where]), rtol=1e-12)
+    assert not np.any(rows[~where])
+
+
+@every_case
+@pytest.mark.usefixtures("float64")
+def test_masked_rows_do_not_matter_even_if_they_hold_nan(name):
+    case, where, weights = CASES[name], make_mask(), make_weights()
+    inputs = make_inputs(case)
+    expected, expected_gradient = value_and_gradient(name, inputs, where, weights)
+    broken = dict(inputs)
+    for array in case.arrays:
+        broken[array] = np.where(where.reshape(-1, *(1,) * (inputs[array].ndim - 1)), inputs[array], np.nan)
+    value, gradient = value_and_gradient(name, broken, where, np.where(where, weights, np.nan))
+    np.testing.assert_array_equal(value, expected)
+    for argument in inputs:
+        np.testing.assert_array_equal(gradient[argument], expected_gradient[argument])
+    for array in case.arrays:
+        assert not np.any(gradient[array][~where])
+        assert np.any(gradient[array][where])
+
+
+@every_case
+@pytest.mark.usefixtures("float64")
+def test_masking_is_removing(name):
+    case, where, weights = CASES[name], make_mask(), make_weights()
+    if "key" in case.options():
+        pytest.skip("draws belong to places in the batch; the masked draws are compared with the loops")
+    inputs = make_inputs(case)
+    kept = {each: value[where] if each in case.arrays else value for each, value in inputs.items()}
+    rows = {each: value[where] for each, value in case.rows.items()}
+    removed = jit(lambda: call(case, kept, rows, weights=jnp.asarray(weights[where]))[0])()
+    np.testing.assert_allclose(value_and_gradient(name, inputs, where, weights)[0], removed, rtol=1e-12)
+
+
+@every_case
+@pytest.mark.usefixtures("float64")
+def test_nothing_gives_zero_and_a_zero_gradient(name):
+    inputs, nowhere, ones = make_inputs(CASES[name]), np.zeros(B, bool), np.ones(B)
+    for where, weights in ((nowhere, ones), (~nowhere, 0 * ones)):
+        value, gradient = value_and_gradient(name, inputs, where, weights)
+        assert value == 0
+        assert all(not np.any(each) for each in gradient.values())
+
+
+@every_loss
+def test_bfloat16_is_computed_in_float32(name):
+    case = LOSSES[name]
+    rounded = cast(make_inputs(case), jnp.bfloat16)
+    where, weights = jnp.asarray(make_mask()), jnp.asarray(make_weights(), jnp.float32)
+    value, gradient = value_and_gradient(_case_name(case), rounded, where, weights)
+    expected, expected_gradient = value_and_gradient(_case_name(case), cast(rounded, jnp.float32), where, weights)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for argument in rounded:
+        assert gradient[argument].dtype == jnp.bfloat16
+        np.testing.assert_allclose(gradient[argument].astype(np.float32), expected_gradient[argument], rtol=1e-2)
+
+
+def _case_name(case: Case) -> str:
+    return next(name for name, each in CASES.items() if each is case)
+
+
+def _extremes(x: np.ndarray) -> dict[str, np.ndarray]:
+    basis = np.zeros_like(x)
+    basis[..., 0] = 1.0
+    alternating = basis * (-1.0) ** np.arange(B).reshape(B, *(1,) * (x.ndim - 1))
+    zero_rows = x.copy()
+    zero_rows[:3] = 0.0
+    return {"zero": 0 * x, "zero rows": zero_rows, "equal": basis, "antipodal rows": alternating, "long": 1e3 * x}
+
+
+@every_loss
+def test_extreme_inputs_stay_finite(name):
+    case = LOSSES[name]
+    inputs = make_inputs(case)
+    if "logit_scale" in inputs:
+        inputs["logit_scale"] = np.float64(100.0)
+    where, weights = jnp.ones(B, bool), jnp.ones(B)
+    first = next(iter(case.arrays))
+    for kind, x in _extremes(inputs[first]).items():
+        for others in ("equal to it", "opposite", "random"):
+            sign = {"equal to it": 1.0, "opposite": -1.0}.get(others)
+            extreme = dict(inputs)
+            for array in case.arrays:
+                aligned = x.reshape(B, *(1,) * len(case.arrays[array]), D)
+                if array == first:
+                    extreme[array] = x
+                elif sign is not None:
+                    extreme[array] = np.broadcast_to(sign * aligned, inputs[array].shape)
+            if kind == "long" and "logit_scale" in extreme:
+                extreme["logit_scale"] = np.float64(1e-3)
+            value, gradient = value_and_gradient(_case_name(case), cast(extreme, jnp.float32), where, weights)
+            assert np.isfinite(value), (kind, others)
+            assert all(np.all(np.isfinite(each)) for each in gradient.values()), (kind, others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformations and placements
+
+
+@every_loss
+@pytest.mark.usefixtures("float64")
+def test_vmap_is_a_loop(name):
+    case, where, weights = LOSSES[name], make_mask(), make_weights()
+    batches = [make_inputs(case, seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *each: np.stack(each), *batches)
+
+    def mean(inputs: dict[str, Any]) -> Any:
+        return call(case, inputs, where=jnp.asarray(where), weights=jnp.asarray(weights))[0]
+
+    values, gradients = jax.device_get(jit(jax.vmap(jax.value_and_grad(mean)))(stacked))
+    for i, batch in enumerate(batches):
+        value, gradient = value_and_gradient(_case_name(case), batch, where, weights)
+        np.testing.assert_allclose(values[i], value, rtol=1e-12)
+        for argument in batch:
+            np.testing.assert_allclose(gradients[argument][i], gradient[argument], rtol=1e-10, atol=1e-12)
+
+
+AXIS = "data"
+
+
+def _placements(case: Case) -> dict[str, Callable[..., Any]]:
+    """Ways to split the rows over all devices, each of (inputs, rows, where, weights) -> (gradients, memory)."""
+    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+    def sharded_jit(inputs, rows, where, weights):
+        split, whole = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
+        inputs = {name: jax.device_put(x, split if name in case.arrays else whole) for name, x in inputs.items()}
+        rows, where, weights = jax.device_put((rows, where, weights), split)
+        (_, memory), gradient = compiled(_case_name(case))(inputs, rows, where, weights)
+        return gradient, memory
+
+    def shard_map(inputs, rows, where, weights):
+        """Differentiated outside of shard_map, with its default checks."""
+        specs = {name: P(AXIS) if name in case.arrays else P() for name in inputs}
+
+        def mean(inputs, rows, where, weights):
+            return call(case, inputs, rows, where=where, weights=weights, axis_name=AXIS)
+
+        mapped = jax.shard_map(mean, mesh=mesh, in_specs=(specs, P(AXIS), P(AXIS), P(AXIS)), out_specs=(P(), P()))
+        return jit(jax.grad(mapped, has_aux=True))(inputs, rows, where, weights)
+
+    return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map}
+
+
+def _pmap_gradients(case: Case, inputs: Any, rows: Any, where: Any, weights: Any) -> dict[str, Any]:
+    """Gradients by parameters that all devices share: a shift of each array's rows, and the scalars."""
+    devices = jax.device_count()
+
+    def device(inputs, rows, where, weights):
+        def at(shift):
+            return {name: x + shift[name] for name, x in inputs.items()}
+
+        def share_of_total(shift):
+            """What the training step differentiates before it adds the gradients over devices."""
+            options = {"where": where, "weights": weights, "axis_name": AXIS, "reduction": "none"}
+            values, memory = call(case, at(shift), rows, **options)
+            return jnp.sum(jnp.where(where, weights * values, 0.0)), memory
+
+        def mean(shift):
+            """What a user differentiates before taking the mean of the gradients over devices."""
+            return call(case, at(shift), rows, where=where, weights=weights, axis_name=AXIS)
+
+        zero = {name: jnp.zeros(x.shape[1:] if name in case.arrays else (), x.dtype) for name, x in inputs.items()}
+        gradient, memory = jax.grad(share_of_total, has_aux=True)(zero)
+        total = jax.lax.psum(jnp.sum(jnp.where(where, weights, 0.0)), AXIS)
+        shares = jax.tree.map(lambda x: x / total, jax.lax.psum(gradient, AXIS)), memory
+        gradient, memory = jax.grad(mean, has_aux=True)(zero)
+        return {"pmap, sum of shares": shares, "pmap, mean of gradients": (jax.lax.pmean(gradient, AXIS), memory)}
+
+    def split(x):
+        return x.reshape(devices, -1, *x.shape[1:])
+
+    axes = {name: 0 if name in case.arrays else None for name in inputs}
+    inputs = {name: split(x) if name in case.arrays else x for name, x in inputs.items()}
+    results = jax.device_get(
+        jax.pmap(device, axis_name=AXIS, in_axes=(axes, 0, 0, 0))(
+            inputs, jax.tree.map(split, rows), split(where), split(weights)
+        )
+    )
+    for each in jax.tree.leaves(results):
+        np.testing.assert_array_equal(each, np.broadcast_to(each[:1], each.shape))
+    return jax.tree.map(lambda x: x[0], results)
+
+
+def _assert_same(got: Any, wanted: Any, placement: str, rtol: float) -> None:
+    def compare(path, x, y):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-12, err_msg=f"{placement}: {jax.tree_util.keystr(path)}")
+
+    jax.tree.map_with_path(compare, got, wanted)
+
+
+@every_loss
+@pytest.mark.usefixtures("float64")
+def test_gradient_and_memory_are_the_same_on_eight_devices(name):
+    assert jax.device_count() == 8
+    case, where, weights = LOSSES[name], make_mask(), make_weights()
+    inputs, rows = make_inputs(case), dict(case.rows)
+    (_, memory), gradient = jax.device_get(compiled(_case_name(case))(inputs, rows, where, weights))
+    for placement, evaluate in _placements(case).items():
+        got, got_memory = jax.device_get(evaluate(inputs, rows, where, weights))
+        _assert_same(got, gradient, placement, rtol=1e-10)
+        _assert_same(got_memory, memory, placement, rtol=1e-6)
+
+    shared = {name: np.sum(x, axis=0) if name in case.arrays else x for name, x in gradient.items()}
+    for placement, (got, got_memory) in _pmap_gradients(case, inputs, rows, where, weights).items():
+        _assert_same(got, shared, placement, rtol=1e-10)
+        _assert_same(got_memory, memory, placement, rtol=1e-6)
