@@ -14,6 +14,8 @@ from repkit.checks import unknown_name
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Scalar: TypeAlias = Float[Array, ""] | Int[Array, ""] | float | int
+AxisName: TypeAlias = str | tuple[str, ...]
+"""The axis of `pmap` or `shard_map` over which rows are split; of a tuple, the first axis is the slowest."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +47,13 @@ def mask_rows(x: Float[Array, " b *shape"], where: Bool[Array, " b"] | None) -> 
     if where is None:
         return x
     return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+
+def same_precision(*arrays: Float[Array, " b *shape"], where: Bool[Array, " b"] | None) -> list[Float[Array, "..."]]:
+    """The arrays in their common precision, at least float32, with the masked rows set to 0."""
+    given = [jnp.asarray(array) for array in arrays]
+    dtype = jnp.promote_types(jnp.result_type(*given), jnp.float32)
+    return [mask_rows(array.astype(dtype), where) for array in given]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,35 +119,56 @@ def log_interpolate(
 # Across devices. `axis_name` None means that the arrays are global; a name, that they are this device's rows.
 
 
-def sum_over(x: Shaped[Array, "*shape"], axis_name: str | None) -> Shaped[Array, "*shape"]:
+def sum_over(x: Shaped[Array, "*shape"], axis_name: AxisName | None) -> Shaped[Array, "*shape"]:
     """The sum of `x` over the devices of the axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
-def rows_over(x: Shaped[Array, " b *shape"], axis_name: str | None) -> Shaped[Array, " B *shape"]:
+def largest_over(x: Shaped[Array, "*shape"], axis_name: AxisName | None) -> Shaped[Array, "*shape"]:
+    """The largest `x` of all devices."""
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
+
+
+def all_over(x: Bool[Array, "*shape"], axis_name: AxisName | None) -> Bool[Array, "*shape"]:
+    """Whether `x` holds on all devices."""
+    return x if axis_name is None else jax.lax.pmin(x.astype(jnp.int32), axis_name) > 0
+
+
+def varying(x: Shaped[Array, "*shape"], axis_name: AxisName | None) -> Shaped[Array, "*shape"]:
+    """`x` as a value that may differ from device to device; its gradient is then summed over the devices.
+
+    A rule of its own for a gradient gives each device's share; JAX adds the shares only of what it knows to vary.
+    """
+    if axis_name is None:
+        return x
+    zero = jax.lax.pcast(jnp.zeros((), x.dtype), axis_name, to="varying")
+    return x | zero if x.dtype == bool else x + zero
+
+
+def rows_over(x: Shaped[Array, " b *shape"], axis_name: AxisName | None) -> Shaped[Array, " B *shape"]:
     """All devices' rows in the order of the axis; the gradient is summed over the devices that used a row."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
 
 
-def row_indices(rows: int, axis_name: str | None) -> Int[Array, " b"]:
+def row_indices(rows: int, axis_name: AxisName | None) -> Int[Array, " b"]:
     """The places of this device's rows among all devices' rows."""
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
     return first + jnp.arange(rows)
 
 
-def local_rows(x: Shaped[Array, " B *shape"], axis_name: str | None) -> Shaped[Array, " b *shape"]:
+def local_rows(x: Shaped[Array, " B *shape"], axis_name: AxisName | None) -> Shaped[Array, " b *shape"]:
     """This device's rows of an array that every device holds whole."""
     if axis_name is None:
         return x
     return x[row_indices(x.shape[0] // jax.lax.axis_size(axis_name), axis_name)]
 
 
-def row_count(rows: int, axis_name: str | None) -> int:
+def row_count(rows: int, axis_name: AxisName | None) -> int:
     """The number of all devices' rows."""
     return rows if axis_name is None else rows * jax.lax.axis_size(axis_name)
 
 
-def replicated_rows_over(x: Shaped[Array, " b *shape"], axis_name: str | None) -> Shaped[Array, " B *shape"]:
+def replicated_rows_over(x: Shaped[Array, " b *shape"], axis_name: AxisName | None) -> Shaped[Array, " B *shape"]:
     """All devices' rows, in a form that JAX knows to be equal on every device, so that a replicated result may follow.
 
     It is a sum of arrays that are zero outside one device's rows; `rows_over` is cheaper where the result stays local.
@@ -185,7 +215,7 @@ class WeightedMean(NamedTuple):
         """The mean over both sets of entries."""
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
-    def sum_over(self, axis_name: str | None) -> "WeightedMean":
+    def sum_over(self, axis_name: AxisName | None) -> "WeightedMean":
         """The mean over the entries of all devices of the axis."""
         return WeightedMean(sum_over(self.total, axis_name), sum_over(self.weight, axis_name))
 
@@ -201,7 +231,7 @@ def reduce_loss(
     *,
     where: Bool[Array, " b"] | None,
     weights: Float[Array, " b"] | None,
-    axis_name: str | None,
+    axis_name: AxisName | None,
     reduction: Reduction,
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Per-row values to a loss: `sum_i w_i l_i / sum_i w_i` over the rows that `where` allows.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from repkit.checks import InputError, unknown_name
-from repkit.numerics import WeightedMean
+from repkit.numerics import AxisName, WeightedMean
 
 Schedule = Callable[[Array], Array]
 """A function from the step to a weight, such as any optax schedule."""
@@ -129,7 +129,7 @@ class Objective:
             raise unknown_name("term", name, self.terms)
         return Objective({name: self.terms[name]})
 
-    def normalizers(self, batch: Mapping[str, Array], axis_name: str | None = None) -> dict[str, Float[Array, ""]]:
+    def normalizers(self, batch: Mapping[str, Array], axis_name: AxisName | None = None) -> dict[str, Float[Array, ""]]:
         """The weight Σ_i w_i by which each term's sum is to be divided, over all rows of all devices.
 
         It depends on the batch alone, so that a batch walked in parts is divided by the weight of the whole.
@@ -152,7 +152,7 @@ class Objective:
         step: Array | int,
         key: Array,
         normalizers: Mapping[str, Array] | None = None,
-        axis_name: str | None = None,
+        axis_name: AxisName | None = None,
     ) -> tuple[Float[Array, ""], Report]:
         """Evaluates every term on these rows.
 
@@ -199,7 +199,7 @@ def _weight_at(term: Term, step: Array | int) -> Array:
 
 
 def _evaluate(
-    term: Term, name: str, sources: Mapping[str, Any], memory: Any, key: Array, axis_name: str | None
+    term: Term, name: str, sources: Mapping[str, Any], memory: Any, key: Array, axis_name: AxisName | None
 ) -> tuple[Array, Any]:
     parameters = inspect.signature(term.loss).parameters
     arguments = [_lookup(sources, path, name) for path in term.inputs]

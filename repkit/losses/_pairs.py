@@ -1,62 +1,332 @@
-"""What the losses over pairs of rows share: inputs in one precision, masks, and logits with all rows of all devices."""
+"""The engine of all losses over pairs of rows: it walks the blocks of a pair matrix that is never held whole.
+
+A loss over pairs is a small function of one tile of the matrix, `Tile = tile(products, rows, columns)`: what the tile
+adds to sums over each row and each column, and the slope of the loss in the tile's products. `walk_pairs` calls it for
+every tile and adds up the sums and, from the slopes, the gradients of both sides' embeddings. Inside `pmap` and
+`shard_map` the columns of the other devices come by a ring or are gathered; the tile function never knows.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from repkit.numerics import Scalar, mask_rows, masked_logsumexp, row_indices, row_mask, rows_over
+from repkit.losses.form import Blocks
+from repkit.numerics import AxisName, mask_rows, varying
+
+Combine: TypeAlias = Literal["sum", "max"]
 
 
-def same_precision(*arrays: Float[Array, "..."], where: Bool[Array, " b"] | None) -> list[Float[Array, "..."]]:
-    """The arrays [b ...] in their common precision, at least float32, with the masked rows set to 0."""
+class Side(NamedTuple):
+    """The rows, or the columns, of a pair matrix.
+
+    Attributes:
+        embeds: one vector each [b d]; 0 where not valid.
+        valid: 1, or 0 for those that take no part [b].
+        extra: arrays [b ...] that the tile function reads.
+    """
+
+    embeds: Float[Array, "b d"]
+    valid: Float[Array, " b"]
+    extra: Any
+
+
+class Tile(NamedTuple):
+    """What a tile contributes.
+
+    Attributes:
+        row_sums: arrays [r], to be combined with those of the other tiles of these rows.
+        column_sums: arrays [c], to be combined with those of the other tiles of these columns.
+        slope: derivative of the loss in the products [r c]; None where no gradient is asked for. It may hold anything
+            finite at pairs of which one side is not valid.
+    """
+
+    row_sums: Any
+    column_sums: Any
+    slope: Float[Array, "r c"] | None
+
+
+TileFunction: TypeAlias = Callable[[Float[Array, "r c"], Side, Side], Tile]
+
+
+class Walk(NamedTuple):
+    """The sums over all tiles, and both sides' gradients in at least float32 (None without slopes)."""
+
+    row_sums: Any
+    column_sums: Any
+    row_gradient: Float[Array, "b d"] | None
+    column_gradient: Float[Array, "b d"] | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+
+
+def embeddings(*arrays: Float[Array, "b d"], where: Bool[Array, " b"] | None) -> list[Float[Array, "b d"]]:
+    """The arrays as operands of matrix products: of one type, bfloat16 or at least float32; 0 in masked rows."""
     given = [jnp.asarray(array) for array in arrays]
-    dtype = jnp.promote_types(jnp.result_type(*given), jnp.float32)
+    dtype = jnp.result_type(*given)
+    if dtype != jnp.bfloat16:
+        dtype = jnp.promote_types(dtype, jnp.float32)
     return [mask_rows(array.astype(dtype), where) for array in given]
 
 
-def pair_masks(
-    labels: Int[Array, " b"] | None, where: Bool[Array, " b"] | None, *, rows: int, axis_name: str | None
-) -> tuple[Bool[Array, "b B"], Bool[Array, "b B"]]:
-    """Which of all rows are positives of this device's rows, and which are negatives; masked rows are neither.
+def pair_products(anchors: Float[Array, "r d"], candidates: Float[Array, "c d"]) -> Float[Array, "r c"]:
+    """`<anchor_i, candidate_j>`, summed in at least float32; of bfloat16 rows it is exact up to that sum."""
+    return _matmul(anchors, candidates.T)
 
-    Rows with equal labels are positives of one another; without labels every row is its own only positive.
+
+def row_products(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, " b"]:
+    """`<x_i, y_i>` in at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=-1)
+
+
+def _matmul(x: Float[Array, "m k"], y: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if not _has_low_precision_products():
+        x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def _has_low_precision_products() -> bool:
+    """Whether bfloat16 operands make a product faster; a CPU converts them."""
+    return jax.default_backend() != "cpu"
+
+
+# Sums as matrix-vector products: the tile's values are computed once and read at the speed of a matrix product.
+
+
+def row_sums(values: Float[Array, "r c"], columns: Side) -> Float[Array, " r"]:
+    """The sums over the valid columns."""
+    return _matmul(values, columns.valid[:, None])[:, 0]
+
+
+def column_sums(values: Float[Array, "r c"], rows: Side) -> Float[Array, " c"]:
+    """The sums over the valid rows."""
+    return _matmul(rows.valid[None, :], values)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of blocks
+
+
+def block_size(rows: int, form: Blocks) -> int:
+    """Rows of a block: nearly equal parts, so that few rows are walked twice whatever the number of rows."""
+    # Large enough that a tile's matrix products take much longer than its launch, small enough for the cache. A matrix
+    # of at most four tiles is walked as one, whose products are kept: a quarter of the work less for some memory.
+    most = form.size or (1024 if jax.default_backend() == "cpu" else 4096)
+    if rows <= (form.size or 2 * most):
+        return rows
+    blocks = math.ceil(rows / most)
+    return min(rows, -(-rows // (16 * blocks)) * 16)
+
+
+def is_one_tile(rows: int, form: Blocks, axis_name: AxisName | None) -> bool:
+    """Whether the pair matrix is one tile, so that its products are worth keeping for the backward walk."""
+    return axis_name is None and block_size(rows, form) == rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The walk
+
+
+def walk_pairs(
+    tile: TileFunction,
+    rows: Side,
+    columns: Side,
+    *,
+    form: Blocks,
+    axis_name: AxisName | None,
+    combine: Combine = "sum",
+    products: Float[Array, "b b"] | None = None,
+) -> Walk:
+    """Calls `tile` for all pairs of this device's rows with all devices' columns.
+
+    Args:
+        tile: the loss's function of a tile; see `Tile`. It is called for tiles of one shape.
+        rows: this device's rows.
+        columns: this device's columns. The result has their sums and gradients over all devices' rows.
+        form: the blocks' size, and how columns travel.
+        axis_name: the axis of `pmap` or `shard_map` that rows and columns are split over; None when they are global.
+        combine: how the tiles' sums are combined.
+        products: the products, if they are at hand; only for a matrix of one tile.
     """
-    labels = row_indices(rows, axis_name) if labels is None else labels
-    valid = row_mask(where, rows)
-    is_pair = valid[:, None] & rows_over(valid, axis_name)[None, :]
-    is_same = labels[:, None] == rows_over(labels, axis_name)[None, :]
-    return is_pair & is_same, is_pair & ~is_same
+    if products is not None:
+        return _one_tile(tile, rows, columns, products)
+    local = functools.partial(_walk_local, tile, form=form, axis_name=axis_name, combine=combine)
+    if axis_name is None or jax.lax.axis_size(axis_name) == 1:
+        return local(rows, columns)
+    if form.exchange == "ring":
+        return _walk_ring(local, rows, columns, axis_name, combine)
+    return _walk_gathered(local, rows, columns, axis_name, combine)
 
 
-def pair_products(
-    anchors: Float[Array, "b d"], candidates: Float[Array, "b d"], *, axis_name: str | None
-) -> Float[Array, "b B"]:
-    """`<anchor_i, candidate_j>` of this device's anchors with the candidates of all devices, in full precision."""
-    return jnp.matmul(anchors, rows_over(candidates, axis_name).T, precision=jax.lax.Precision.HIGHEST)
+def _one_tile(tile: TileFunction, rows: Side, columns: Side, products: Float[Array, "b b"]) -> Walk:
+    row_sums, column_sums, slope = tile(products, rows, columns)
+    if slope is None:
+        return Walk(row_sums, column_sums, None, None)
+    return Walk(row_sums, column_sums, *_gradients(slope, rows, columns))
 
 
-def softmax_cross_entropy(
-    products: Float[Array, "b B"],
-    logit_scale: Scalar,
-    positives: Bool[Array, "b B"],
-    negatives: Bool[Array, "b B"],
-) -> Float[Array, " b"]:
-    """`log sum_j exp(s_ij) - mean_p s_ip` with s = logit_scale products, p over positives, j over both kinds.
+def _gradients(slope: Float[Array, "r c"], rows: Side, columns: Side) -> tuple[Array, Array]:
+    if _has_low_precision_products():
+        slope = slope.astype(rows.embeds.dtype)
+    return _matmul(slope, columns.embeds), _matmul(slope.T, rows.embeds)
 
-    Written as `softplus(log sum_neg - log sum_pos) + log sum_pos` with products counted from the positives' mean, so
-    that neither value nor gradient cancels when the loss tends to 0: for a single positive the second term and its
-    gradient are exactly 0. A row without positives has loss 0 and a zero gradient.
-    """
-    scale = jnp.asarray(logit_scale, products.dtype)
-    count = jnp.sum(positives, axis=-1, dtype=products.dtype)
-    has_positive, has_negative = count > 0, jnp.any(negatives, axis=-1)
-    # The second term's gradients meet in this array before anything else is added to them: (1 - 1) + tiny keeps the
-    # tiny, (1 + tiny) - 1 would not.
-    positive_products = jnp.where(positives, products, 0.0)
-    mean = jnp.sum(positive_products, axis=-1) / jnp.maximum(count, 1.0)
-    spread = jnp.where(has_positive, masked_logsumexp(scale * (positive_products - mean[:, None]), positives), 0.0)
 
-    logits = scale * (products - jax.lax.stop_gradient(mean)[:, None])
-    log_positive = jnp.where(has_positive, masked_logsumexp(logits, positives), 0.0)
-    log_negative = jnp.where(has_negative, masked_logsumexp(logits, negatives), 0.0)
-    return jnp.where(has_positive & has_negative, jax.nn.softplus(log_negative - log_positive), 0.0) + spread
+def _walk_local(
+    tile: TileFunction, rows: Side, columns: Side, *, form: Blocks, axis_name: AxisName | None, combine: Combine
+) -> Walk:
+    row_blocks, column_blocks = (_BlocksOf(len(side.valid), form) for side in (rows, columns))
+    if row_blocks.count == column_blocks.count == 1:
+        return _one_tile(tile, rows, columns, pair_products(rows.embeds, columns.embeds))
+
+    def one(row: Side, column: Side) -> Walk:
+        return _one_tile(tile, row, column, pair_products(row.embeds, column.embeds))
+
+    shapes = jax.eval_shape(one, row_blocks.first(rows), column_blocks.first(columns))
+    shapes = shapes._replace(
+        column_sums=_lengthened(shapes.column_sums, len(columns.valid)),
+        column_gradient=_lengthened(shapes.column_gradient, len(columns.valid)),
+    )
+
+    def row_step(i: Array, walk: Walk) -> Walk:
+        row, fresh_row = row_blocks.take(rows, i)
+
+        def column_step(j: Array, walk: Walk) -> Walk:
+            column, fresh_column = column_blocks.take(columns, j)
+            part = one(row, column)
+            return Walk(
+                jax.tree.map(_combine(combine), walk.row_sums, part.row_sums),
+                column_blocks.put(walk.column_sums, part.column_sums, j, fresh_column, combine),
+                jax.tree.map(jnp.add, walk.row_gradient, part.row_gradient),
+                column_blocks.put(walk.column_gradient, part.column_gradient, j, fresh_column, "sum"),
+            )
+
+        nothing = _filled(shapes, combine, axis_name)
+        first = walk._replace(row_sums=nothing.row_sums, row_gradient=nothing.row_gradient)
+        part = jax.lax.fori_loop(0, column_blocks.count, column_step, first)
+        return part._replace(
+            row_sums=row_blocks.put(walk.row_sums, part.row_sums, i, fresh_row, combine),
+            row_gradient=row_blocks.put(walk.row_gradient, part.row_gradient, i, fresh_row, "sum"),
+        )
+
+    whole = shapes._replace(
+        row_sums=_lengthened(shapes.row_sums, len(rows.valid)),
+        row_gradient=_lengthened(shapes.row_gradient, len(rows.valid)),
+    )
+    return jax.lax.fori_loop(0, row_blocks.count, row_step, _filled(whole, combine, axis_name))
+
+
+def _lengthened(shapes: Any, length: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), shapes)
+
+
+def _filled(shapes: Walk, combine: Combine, axis_name: AxisName | None) -> Walk:
+    """A walk over nothing."""
+
+    def full(value: float, shapes: Any) -> Any:
+        return jax.tree.map(lambda leaf: varying(jnp.full(leaf.shape, value, leaf.dtype), axis_name), shapes)
+
+    value = 0.0 if combine == "sum" else -jnp.inf
+    return Walk(
+        full(value, shapes.row_sums),
+        full(value, shapes.column_sums),
+        full(0.0, shapes.row_gradient),
+        full(0.0, shapes.column_gradient),
+    )
+
+
+def _combine(combine: Combine) -> Callable[[Array, Array], Array]:
+    return jnp.add if combine == "sum" else jnp.maximum
+
+
+class _BlocksOf:
+    """The blocks of one side. The last begins early where the rows do not divide, and then skips what it repeats."""
+
+    def __init__(self, length: int, form: Blocks):
+        self.length, self.size = length, block_size(length, form)
+        self.count = math.ceil(length / self.size)
+
+    def first(self, side: Side) -> Side:
+        return jax.tree.map(lambda x: x[: self.size], side)
+
+    def take(self, side: Side, i: Array) -> tuple[Side, Array | None]:
+        """A block, and which of its rows are met for the first time (None: all)."""
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self._start(i), self.size), side)
+        if self.length % self.size == 0:
+            return block, None
+        fresh = self._start(i) + jnp.arange(self.size) >= i * self.size
+        return block._replace(embeds=mask_rows(block.embeds, fresh), valid=mask_rows(block.valid, fresh)), fresh
+
+    def put(self, totals: Any, parts: Any, i: Array, fresh: Array | None, combine: Combine) -> Any:
+        """The totals with a block's parts combined into them."""
+
+        def one(total: Array, part: Array) -> Array:
+            old = jax.lax.dynamic_slice_in_dim(total, self._start(i), self.size)
+            new = _combine(combine)(old, part)
+            if fresh is not None:
+                new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+            return jax.lax.dynamic_update_slice_in_dim(total, new, self._start(i), 0)
+
+        return jax.tree.map(one, totals, parts)
+
+    def _start(self, i: Array) -> Array:
+        return jnp.minimum(i * self.size, self.length - self.size)
+
+
+def _walk_ring(
+    local: Callable[[Side, Side], Walk], rows: Side, columns: Side, axis_name: AxisName, combine: Combine
+) -> Walk:
+    devices = jax.lax.axis_size(axis_name)
+    ring = [(device, (device + 1) % devices) for device in range(devices)]
+
+    def shift(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, ring), tree)
+
+    def merge(walk: Walk, part: Walk) -> Walk:
+        return Walk(
+            jax.tree.map(_combine(combine), walk.row_sums, part.row_sums),
+            jax.tree.map(_combine(combine), walk.column_sums, part.column_sums),
+            jax.tree.map(jnp.add, walk.row_gradient, part.row_gradient),
+            jax.tree.map(jnp.add, walk.column_gradient, part.column_gradient),
+        )
+
+    def follow(walk: Walk) -> Walk:
+        """The columns' totals travel behind the columns."""
+        return walk._replace(column_sums=shift(walk.column_sums), column_gradient=shift(walk.column_gradient))
+
+    def step(_: Array, carry: tuple[Side, Walk]) -> tuple[Side, Walk]:
+        columns, walk = carry
+        # Neither transfer waits for this step's tiles, nor do they wait for it.
+        coming, arrived = shift(columns), follow(walk)
+        return coming, merge(arrived, local(rows, columns))
+
+    nothing = _filled(jax.eval_shape(local, rows, columns), combine, axis_name)
+    _, walk = jax.lax.fori_loop(0, devices, step, (columns, nothing))
+    return follow(walk)
+
+
+def _walk_gathered(
+    local: Callable[[Side, Side], Walk], rows: Side, columns: Side, axis_name: AxisName, combine: Combine
+) -> Walk:
+    everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, axis=0, tiled=True), columns)
+    walk = local(rows, everyone)
+
+    def scatter(x: Array) -> Array:
+        return jax.lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
+
+    def mine(x: Array) -> Array:
+        size = len(columns.valid)
+        x = varying(jax.lax.pmax(x, axis_name), axis_name)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size)
+
+    return walk._replace(
+        column_sums=jax.tree.map(scatter if combine == "sum" else mine, walk.column_sums),
+        column_gradient=jax.tree.map(scatter, walk.column_gradient),
+    )

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
-from repkit.losses._pairs import same_precision
-from repkit.numerics import Reduction, local_rows, normalize, reduce_loss, row_count
+from repkit.numerics import AxisName, Reduction, local_rows, normalize, reduce_loss, row_count, same_precision
 
 SAMPLED_TIMES = (0.05, 0.95)
 """The interval of sampled times; the likelihood's weight 1/(2 t (1 - t)) has no finite mean over all of (0, 1)."""
@@ -24,7 +23,7 @@ def brownian_bridge(
     key: PRNGKeyArray | None = None,
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Squared distance of an augmented view to the mean of the Brownian bridge from its text to its image.
@@ -98,7 +97,7 @@ def brownian_bridge_path(
     times: tuple[float, ...],
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Negative log-likelihood, up to a constant, of several augmented views as points on one Brownian bridge.

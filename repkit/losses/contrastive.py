@@ -5,8 +5,10 @@ from typing import Literal, TypeAlias, get_args
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays, require_choice
-from repkit.losses._pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
-from repkit.numerics import Reduction, Scalar, reduce_loss
+from repkit.losses._pairs import embeddings
+from repkit.losses._partitions import pair_partitions, softmax_cross_entropy
+from repkit.losses.form import Blocks, Form, require_form
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss
 
 Direction: TypeAlias = Literal["symmetric", "image_to_text", "text_to_image"]
 
@@ -18,9 +20,10 @@ def info_nce(
     logit_scale: Scalar,
     labels: Int[Array, " b"] | None = None,
     direction: Direction = "symmetric",
+    form: Form = Blocks(),
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Softmax cross-entropy of each row against all rows of the other modality (InfoNCE; CLIP's loss).
@@ -39,6 +42,7 @@ def info_nce(
         logit_scale: scalar > 0 that multiplies the inner products (1 / temperature); may be learned.
         labels: [b]; rows with equal labels are positives of one another, such as equal captions.
         direction: "symmetric", "image_to_text" (images are anchors) or "text_to_image".
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
         where: [b]; False removes the row as anchor and as candidate.
         weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate.
         axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
@@ -74,18 +78,16 @@ def info_nce(
         },
     )
     require_choice("direction", direction, get_args(Direction))
-    images, texts = same_precision(image_embeds, text_embeds, where=where)
-    positives, negatives = pair_masks(labels, where, rows=images.shape[0], axis_name=axis_name)
-
-    def cross_entropy(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> Float[Array, " b"]:
-        products = pair_products(anchors, candidates, axis_name=axis_name)
-        return softmax_cross_entropy(products, logit_scale, positives, negatives)
-
+    require_form("info_nce", form)
+    images, texts = embeddings(image_embeds, text_embeds, where=where)
+    of_images, of_texts = pair_partitions(
+        images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+    )
     match direction:
         case "symmetric":
-            losses = (cross_entropy(images, texts) + cross_entropy(texts, images)) / 2
+            losses = (softmax_cross_entropy(of_images) + softmax_cross_entropy(of_texts)) / 2
         case "image_to_text":
-            losses = cross_entropy(images, texts)
+            losses = softmax_cross_entropy(of_images)
         case "text_to_image":
-            losses = cross_entropy(texts, images)
+            losses = softmax_cross_entropy(of_texts)
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)

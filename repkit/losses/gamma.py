@@ -11,17 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
-from repkit.losses._pairs import pair_masks, pair_products, same_precision
+from repkit.losses._pairs import embeddings
+from repkit.losses._partitions import log_positives, mean_positive, pair_partitions
+from repkit.losses.form import Blocks, Form, require_form
 from repkit.numerics import (
+    AxisName,
     Reduction,
     Scalar,
     WeightedMean,
     local_rows,
     log_interpolate,
-    masked_logsumexp,
     reduce_loss,
     replicated_rows_over,
     row_count,
+    row_indices,
+    sum_over,
 )
 
 Draw: TypeAlias = Literal["sampled", "expected"]
@@ -41,7 +45,7 @@ class LogPartitionMemory(NamedTuple):
                 conventional loss would show (the surrogate's own value is not a likelihood);
             `drift`: mean of |log S of this batch - log S of the memory before the call| over the visited rows:
                 staleness plus the noise of the batch estimate;
-            `clipped`: share of the exponents that exceeded `max_exponent`;
+            `clipped`: share of the anchors' sums that exceeded exp(`max_exponent`);
             `visited`: share of the rows that the memory knew before the call.
     """
 
@@ -109,10 +113,12 @@ def gamma_contrastive(
     shape: Scalar = 1.0,
     positive_weight: Scalar = 1.0,
     max_exponent: float = 60.0,
+    memory_axis_name: AxisName | None = None,
+    form: Form = Blocks(),
     key: PRNGKeyArray | None = None,
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Float[Array, ""] | Float[Array, " b"], LogPartitionMemory | None]:
     """Contrastive loss whose mini-batch gradient estimates that of the whole data set, by EM with gamma variables.
@@ -159,8 +165,11 @@ def gamma_contrastive(
         shape: a > 0 of the gamma distribution; the noise of u_i falls as 1/sqrt(a).
         positive_weight: c >= 0. 1 keeps the positives in S_i as InfoNCE does, 0 drops them (decoupled
             contrastive loss).
-        max_exponent: the terms exp(log u_i + log(M/m_i) + s_ij) continue linearly beyond this exponent, so that
-            gradients are bounded by exp(max_exponent) per pair; `diagnostics["clipped"]` counts them.
+        max_exponent: an anchor's sums r_i c sum_p exp(s_ip) and u_i M/m_i sum_j exp(s_ij) continue linearly in their
+            logarithm beyond exp(max_exponent), which bounds their gradient; `diagnostics["clipped"]` counts them.
+        memory_axis_name: the axis that the memory's examples are split over, each device holding an equal part of them
+            in the order of the axis; None when every device holds them all, and under `jit`.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
         key: typed random key, the same on all devices; required where something is sampled.
         where: [b]; False removes the row as anchor and as candidate, and leaves its memory as it is.
         weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate and remembered.
@@ -208,41 +217,39 @@ def gamma_contrastive(
     require_choice("positive", positive, get_args(Draw))
     require_range("gamma_contrastive", "positive_weight", positive_weight, at_least=0)
     if dataset_size is None and memory is not None:
-        dataset_size = memory.visited.shape[0]
+        dataset_size = row_count(memory.visited.shape[0], memory_axis_name)
     if dataset_size is not None:
         require_range("gamma_contrastive", "dataset_size", dataset_size, at_least=2)
 
-    images, texts = same_precision(image_embeds, text_embeds, where=where)
-    rows, dtype = images.shape[0], images.dtype
-    positives, negatives = pair_masks(labels, where, rows=rows, axis_name=axis_name)
-    # A row without a negative says nothing about its partition, and is left out.
-    usable = jnp.any(positives, axis=-1) & jnp.any(negatives, axis=-1)
+    require_form("gamma_contrastive", form)
+    images, texts = embeddings(image_embeds, text_embeds, where=where)
+    partitions = pair_partitions(
+        images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+    )
     # From here on the first axis is the direction: images as anchors, texts as anchors.
-    products = [pair_products(*sides, axis_name=axis_name) for sides in ((images, texts), (texts, images))]
-    logits = jnp.asarray(logit_scale, dtype) * jnp.stack(products)
-    positives, negatives = positives[None], negatives[None]
-    positive_count = jnp.maximum(jnp.sum(positives, axis=-1, dtype=dtype), 1.0)
-    positive_mean = jnp.sum(jnp.where(positives, logits, 0.0), axis=-1) / positive_count
-
+    partition = jax.tree.map(lambda *each: jnp.stack(each), *partitions)
+    rows, dtype = images.shape[0], partition.own.dtype
+    # A row without a negative says nothing about its partition, and is left out.
+    usable = partition.negative_count[0] > 0
+    positive_mean = mean_positive(partition)
     log_weight = jnp.log(jnp.asarray(positive_weight, dtype))
-    log_ratio = _log_ratio(negatives, dataset_size, dtype)
-    fresh = jnp.where(usable[None], _log_partition(logits, positives, negatives, log_weight, log_ratio), 0.0)
-    recalled = None if memory is None else _recall(memory, example_id, usable, fresh, memory_rate, axis_name)
-    log_partition = fresh if recalled is None else recalled.log_partition
+    log_positive = log_positives(partition) + log_weight
+    log_negative = partition.negatives + _log_ratio(partition.negative_count, dataset_size)
 
-    log_mean = log_rate = -log_partition
+    fresh = jnp.where(usable, jax.lax.stop_gradient(jnp.logaddexp(log_positive, log_negative)), 0.0)
+    recalled = None
+    if memory is not None:
+        recalled = _recall(memory, example_id, usable, fresh, memory_rate, axis_name, memory_axis_name)
+    log_mean = log_rate = -(fresh if recalled is None else recalled.log_partition)
     if draw == "sampled":
         # Every device draws for all rows and keeps its own, so that the draw does not depend on the number of devices.
         key = require_key("gamma_contrastive", key, 'draw="sampled"')
         noise = sample_rates(jnp.zeros((row_count(rows, axis_name), 2), dtype), key=key, shape=shape)
         log_rate = log_mean + local_rows(noise, axis_name).T
-    log_positive_rate = log_rate if positive == "sampled" else log_mean
 
-    positive_exponents = logits + (log_positive_rate + log_weight)[:, :, None]
-    negative_exponents = logits + (log_rate + log_ratio)[:, :, None]
-    exponents = jnp.where(positives, positive_exponents, negative_exponents)
-    terms = jnp.where(positives | negatives, _bounded_exp(exponents, max_exponent), 0.0)
-    losses = jnp.where(usable, jnp.mean(jnp.sum(terms, axis=-1) - positive_mean, axis=0), 0.0)
+    exponents = jnp.stack([log_positive + (log_rate if positive == "sampled" else log_mean), log_negative + log_rate])
+    terms = jnp.sum(_bounded_exp(exponents, max_exponent), axis=0)
+    losses = jnp.where(usable, jnp.mean(terms - positive_mean, axis=0), 0.0)
     loss = reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
     if recalled is None:
         return loss, None
@@ -254,36 +261,21 @@ def gamma_contrastive(
     diagnostics = {
         "info_nce": mean_over_rows(jnp.mean(fresh - positive_mean, axis=0), usable),
         "drift": mean_over_rows(recalled.drift, recalled.visited),
-        "clipped": mean_over_rows(
-            exponents > max_exponent, jnp.broadcast_to((positives | negatives) & usable[None, :, None], exponents.shape)
-        ),
+        "clipped": mean_over_rows(jnp.mean(exponents > max_exponent, axis=(0, 1), dtype=dtype), usable),
         "visited": mean_over_rows(recalled.visited, usable),
     }
     return loss, recalled.memory._replace(diagnostics=diagnostics)
 
 
-def _log_ratio(negatives: Bool[Array, "1 b B"], dataset_size: int | None, dtype: jnp.dtype) -> Float[Array, "1 b"]:
+def _log_ratio(negative_count: Float[Array, "2 b"], dataset_size: int | None) -> Float[Array, "2 b"]:
     """log(M/m_i): how many negatives of the data set each of the batch's stands for."""
-    count = jnp.maximum(jnp.sum(negatives, axis=-1, dtype=dtype), 1.0)
-    return jnp.zeros_like(count) if dataset_size is None else jnp.log(dataset_size - 1.0) - jnp.log(count)
-
-
-def _log_partition(
-    logits: Float[Array, "2 b B"],
-    positives: Bool[Array, "1 b B"],
-    negatives: Bool[Array, "1 b B"],
-    log_weight: Float[Array, ""],
-    log_ratio: Float[Array, "1 b"],
-) -> Float[Array, "2 b"]:
-    """log S_i as this batch estimates it for the data set; it is a constant of the surrogate."""
-    logits = jax.lax.stop_gradient(logits)
-    return jnp.logaddexp(
-        log_weight + masked_logsumexp(logits, positives), log_ratio + masked_logsumexp(logits, negatives)
-    )
+    if dataset_size is None:
+        return jnp.zeros_like(negative_count)
+    return jnp.log(dataset_size - 1.0) - jnp.log(jnp.maximum(negative_count, 1.0))
 
 
 class _Recalled(NamedTuple):
-    """This device's rows of an updated memory, and the memory of all."""
+    """This device's rows of an updated memory, and the memory."""
 
     log_partition: Float[Array, "2 b"]
     drift: Float[Array, " b"]
@@ -297,28 +289,30 @@ def _recall(
     usable: Bool[Array, " b"],
     fresh: Float[Array, "2 b"],
     memory_rate: Scalar | None,
-    axis_name: str | None,
+    axis_name: AxisName | None,
+    memory_axis_name: AxisName | None,
 ) -> _Recalled:
     if example_id is None or memory_rate is None:
         missing = "example_id" if example_id is None else "memory_rate"
         raise InputError(f"gamma_contrastive: a memory needs {missing}; pass it, or memory=None to do without")
     require_range("gamma_contrastive", "memory_rate", memory_rate, above=0, at_most=1)
     memory = jax.lax.stop_gradient(memory)
-    size = memory.visited.shape[0]
-    # All devices do the same update with all rows.
+    local_size = memory.visited.shape[0]
+    size = row_count(local_size, memory_axis_name)
+    # All devices do the same update with all rows, each of its own part of the memory.
     ids = replicated_rows_over(jnp.where(usable, example_id, -1), axis_name)
     estimates = replicated_rows_over(fresh.T, axis_name).T
     known = (ids >= 0) & (ids < size)
-    # An example that is in the batch more than once is estimated by the mean of its S, whatever the order.
-    is_same = known[:, None] & (ids[:, None] == ids[None, :])
-    copies = jnp.maximum(jnp.sum(is_same, axis=-1, dtype=fresh.dtype), 1.0)
-    averages = masked_logsumexp(estimates[:, None, :], is_same[None]) - jnp.log(copies)[None]
+    averages = _average_of_copies(estimates, jnp.where(known, ids, size + jnp.arange(len(ids))))
 
-    slots = jnp.where(known, ids, 0)
-    visited = known & memory.visited[slots]
-    old = jnp.stack([memory.image_to_text[slots], memory.text_to_image[slots]]).astype(fresh.dtype)
-    new = jnp.where(visited[None], log_interpolate(old, averages, memory_rate), averages)
-    targets = jnp.where(known, ids, size)
+    slots = ids - row_indices(local_size, memory_axis_name)[0]
+    is_here = known & (slots >= 0) & (slots < local_size)
+    slots = jnp.where(is_here, slots, 0)
+    visited = sum_over((is_here & memory.visited[slots]).astype(jnp.int32), memory_axis_name) > 0
+    stored = jnp.stack([memory.image_to_text[slots], memory.text_to_image[slots]]).astype(fresh.dtype)
+    old = sum_over(jnp.where(is_here, stored, 0.0), memory_axis_name)
+    new = jnp.where(visited, log_interpolate(old, averages, memory_rate), averages)
+    targets = jnp.where(is_here, slots, local_size)
     image_to_text, text_to_image = new.astype(memory.image_to_text.dtype)
     updated = memory._replace(
         image_to_text=memory.image_to_text.at[targets].set(image_to_text, mode="drop"),
@@ -326,9 +320,24 @@ def _recall(
         visited=memory.visited.at[targets].set(True, mode="drop"),
     )
     drift = jnp.where(visited, jnp.mean(jnp.abs(averages - old), axis=0), 0.0)
-    log_partition = jnp.where(known[None], new, estimates)
+    log_partition = jnp.where(known, new, estimates)
     mine = [local_rows(rows, axis_name) for rows in (log_partition.T, drift, visited)]
     return _Recalled(mine[0].T, mine[1], mine[2], updated)
+
+
+def _average_of_copies(log_values: Float[Array, "2 B"], ids: Int[Array, " B"]) -> Float[Array, "2 B"]:
+    """log of the mean of the values of equal ids: an example met twice is remembered once, whatever the order."""
+    order = jnp.argsort(ids)
+    is_first = jnp.diff(ids[order], prepend=ids[order][:1] - 1) != 0
+    group = jnp.zeros_like(ids).at[order].set(jnp.cumsum(is_first) - 1)
+
+    def average(values: Float[Array, " B"]) -> Float[Array, " B"]:
+        largest = jax.ops.segment_max(values, group, num_segments=len(ids))
+        total = jax.ops.segment_sum(jnp.exp(values - largest[group]), group, num_segments=len(ids))
+        count = jax.ops.segment_sum(jnp.ones_like(values), group, num_segments=len(ids))
+        return jnp.log(total[group] / count[group]) + largest[group]
+
+    return jax.vmap(average)(log_values)
 
 
 def _bounded_exp(x: Float[Array, "*shape"], bound: float) -> Float[Array, "*shape"]:

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from repkit.checks import InputError, require_arrays
-from repkit.losses._pairs import pair_products, same_precision
-from repkit.numerics import Reduction, Scalar, reduce_loss, row_mask, rows_over
+from repkit.losses._old_pairs import pair_products, same_precision
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, row_mask, rows_over
 
 
 def geometric_consistency(
@@ -18,7 +18,7 @@ def geometric_consistency(
     in_modal_weight: Scalar = 1.0,
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Squared differences between inner products that should agree, L_GC, and L_GC^a where augmented views are given.

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays
-from repkit.losses._pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
-from repkit.numerics import Reduction, Scalar, WeightedMean, reduce_loss, row_mask, rows_over
+from repkit.losses._old_pairs import pair_masks, pair_products, same_precision, softmax_cross_entropy
+from repkit.numerics import AxisName, Reduction, Scalar, WeightedMean, reduce_loss, row_mask, rows_over
 
 
 def feature_separation(
@@ -23,7 +23,7 @@ def feature_separation(
     labels: Int[Array, " b"] | None = None,
     where: Bool[Array, " b"] | None = None,
     weights: Float[Array, " b"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Keeps a second, independent projection of each modality orthogonal to the shared one, informative and spread out.
@@ -128,7 +128,7 @@ def feature_separation(
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
 
 
-def _kernel_sums(x: Float[Array, "b d"], valid: Bool[Array, " b"], axis_name: str | None) -> Float[Array, " b"]:
+def _kernel_sums(x: Float[Array, "b d"], valid: Bool[Array, " b"], axis_name: AxisName | None) -> Float[Array, " b"]:
     """`sum_k exp(-2 |x_j - x_k|^2)` over all valid rows k of all devices."""
     squares = jnp.sum(jnp.square(x), axis=-1)
     distances = squares[:, None] + rows_over(squares, axis_name)[None, :] - 2 * pair_products(x, x, axis_name=axis_name)

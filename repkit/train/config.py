@@ -8,6 +8,7 @@ import jax
 import optax
 
 from repkit.checks import InputError
+from repkit.numerics import AxisName
 from repkit.objective import Objective
 from repkit.train.mesh import Rules, batch_devices, make_mesh
 from repkit.train.state import TrainState, init_state
@@ -150,7 +151,7 @@ def _functions(
     forward: Forward,
     objective: Objective,
     *,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Update, Callable[[jax.Array], TrainState]]:
     """The update, and what makes the state that it takes."""
     optimizer = make_optimizer(config)

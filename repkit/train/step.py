@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from repkit.checks import InputError
+from repkit.numerics import AxisName
 from repkit.objective import Objective, Report
 from repkit.train.mesh import Rules, batch_devices, batch_sharding, put_batch, state_shardings
 from repkit.train.state import TrainState
@@ -29,7 +30,7 @@ def make_update(
     *,
     accumulate: int = 1,
     ema_decay: float | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Update:
     """Makes the pure function `(state, batch) -> (new state, metrics)` of one training step.
 
@@ -107,7 +108,7 @@ def make_term_gradient_norms(forward: Forward, objective: Objective) -> Callable
     return norms
 
 
-def _device_key(key: Array, axis_name: str | None) -> Array:
+def _device_key(key: Array, axis_name: AxisName | None) -> Array:
     """Dropout differs from device to device; the losses' draws, made for the global batch, must not."""
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
