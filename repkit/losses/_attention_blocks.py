@@ -1,10 +1,13 @@
-"""Attention map alignment walked in blocks of query rows, so that no more than a block of maps is ever in memory.
+"""Attention map alignment, example by example and in blocks of query rows.
 
 The loss of an example depends on its maps through a few sums over cells: inner products of teacher and student heads
 give the weights a, and with them a second walk gives the loss. Its gradient is, cell by cell, a combination of that
-cell's values in all heads, whose coefficients need the sums `d loss / d a` that the second walk adds up as well. So the
-forward pass walks twice and the backward pass once. The blocks are read from maps, or computed anew in every walk from
-queries and keys.
+cell's values in all heads, whose coefficients need the sums `d loss / d a` that the second walk adds up as well; a third
+walk writes it. Blocks are cut from maps, or computed anew in every walk from queries and keys. Maps of ordinary size
+are one block per example, which stays in the cache for all three walks.
+
+An example's gradient is its cotangent times what does not depend on it. So the forward rule computes the gradients, and
+the backward rule scales them in place: each map is read once.
 """
 
 import functools
@@ -18,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from repkit.losses._attention_plain import (
     SMALLEST_SHARE,
+    AlignmentGradient,
     Divergence,
     aligned_divergence,
     head_weights,
@@ -30,43 +34,33 @@ from repkit.losses._attention_plain import (
 Kind: TypeAlias = Divergence | Literal["token_kl"]
 Start: TypeAlias = int | Int[Array, ""]
 
-# Where a block of all heads is small enough for a core's cache, the three walks cost one trip to memory; an
-# accelerator wants as much work as possible per kernel.
-_BLOCK_CELLS = {"cpu": 2**17, "accelerator": 2**24}
-# Up to this many heads a mixture of heads is written as a sum, which the compiler fuses with what is done to it.
-_FUSED_HEADS = 16
+# Cells of all heads. An example's maps up to the first size are one block, because blocks of rows cost three trips to
+# memory; larger ones, and those computed from queries and keys, are walked in blocks of the second size, and small
+# examples several at a time up to it. As measured on a CPU.
+_WHOLE_CELLS = 2**25
+_BLOCK_CELLS = 2**20
 
 
 class Settings(NamedTuple):
-    """What is fixed when the walk is traced."""
+    """What is fixed when the loss is traced."""
 
     kind: Kind
-    stop_alignment_gradient: bool
+    alignment_gradient: AlignmentGradient
     causal: bool
     rows_per_block: int | None
 
 
 class Maps(NamedTuple):
-    """Attention maps as given."""
+    """Attention maps as given, of flattened heads: n = q * k."""
 
-    maps: Float[Array, "*b h q k"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(b, h, q, k) of the maps."""
-        return self.maps.shape
+    maps: Float[Array, "*b h n"]
 
 
 class QueriesKeys(NamedTuple):
-    """Attention maps as the softmax of `query key^T`."""
+    """Attention maps as the softmax of `query key^T`; both of one dtype."""
 
     query: Float[Array, "*b h q d"]
     key: Float[Array, "*b h k d"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(b, h, q, k) of the maps."""
-        return (*self.query.shape[:-1], self.key.shape[-2])
 
 
 Source: TypeAlias = Maps | QueriesKeys
@@ -79,68 +73,110 @@ class Masks(NamedTuple):
     key: Bool[Array, "*b k"] | None
 
 
+class _Inputs(NamedTuple):
+    student: Source
+    teacher: Source
+    masks: Masks
+    temperature: Float[Array, "*b"]
+
+
+class _Derivatives(NamedTuple):
+    """Of each example's loss."""
+
+    student: Source
+    temperature: Float[Array, "*b"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss and its backward rule
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blockwise_alignment(
-    settings: Settings, student: Source, teacher: Source, masks: Masks, temperature: Float[Array, ""]
+    settings: Settings,
+    student: Source,
+    teacher: Source,
+    masks: Masks,
+    temperature: Float[Array, ""],
+    *,
+    queries: int,
+    keys: int,
 ) -> Float[Array, " b"]:
-    """The loss of each example; its gradient reaches the student only."""
-    return _forward(settings, student, teacher, masks, temperature)[0]
+    """The loss of each example; gradients reach the student and the temperature."""
+    plan = _plan(settings, student, teacher, queries, keys)
+    # Zeros like an input vary over the same mapped axes; where a device's gradient is its share, JAX adds the shares.
+    first = jax.tree.leaves(student)[0]
+    zeros = jnp.zeros_like(first, plan.dtype, shape=first.shape[:1])
+    return _losses(plan, student, teacher, masks, zeros + temperature.astype(plan.dtype))
 
 
-def _forward(
-    settings: Settings, student: Source, teacher: Source, masks: Masks, temperature: Float[Array, ""]
-) -> tuple[Float[Array, " b"], Any]:
-    plan, keys = _plan(settings, student, teacher), student.shape[-1]
-    student, teacher, masks = plan.grouped((student, teacher, masks))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(plan: "_Plan", *inputs: Any) -> Float[Array, " b"]:
+    grouped = plan.grouped(_Inputs(*inputs))
 
-    def group(step: Int[Array, ""]) -> tuple[Float[Array, " g"], Any]:
-        blocks = _open(settings, plan, student, teacher, masks, step)
-        if settings.kind == "token_kl":
-            return blocks.total(functools.partial(_token_block, settings, keys, temperature)), ()
-        alignment = _alignment(settings.kind, blocks, temperature)
-        losses, slopes = _losses(settings.kind, blocks, alignment)
-        return losses, (alignment, slopes)
+    def group(step: Start, losses: Float[Array, "g steps"]) -> Float[Array, "g steps"]:
+        blocks, temperature = _open(plan, grouped, step)
+        return _put(losses, step, _group(plan, blocks, temperature).losses)
 
-    losses, saved = jax.lax.map(group, jnp.arange(plan.steps))
-    return plan.ungrouped(losses.T), saved
+    return plan.ungrouped(plan.over_groups(group, jnp.zeros_like(grouped.temperature)))
 
 
-def _forward_and_save(settings: Settings, *arguments: Any) -> tuple[Float[Array, " b"], Any]:
-    losses, saved = _forward(settings, *arguments)
-    return losses, (arguments, saved)
+def _losses_and_derivatives(plan: "_Plan", *inputs: Any) -> tuple[Float[Array, " b"], _Derivatives]:
+    grouped = plan.grouped(_Inputs(*inputs))
 
-
-def _backward(settings: Settings, residuals: Any, cotangents: Float[Array, " b"]) -> tuple[Any, ...]:
-    (student, teacher, masks, temperature), saved = residuals
-    plan, keys = _plan(settings, student, teacher), student.shape[-1]
-    student, teacher, masks, cotangents = plan.grouped((student, teacher, masks, cotangents))
-
-    def group(step: Int[Array, ""], gradient: Source) -> Source:
-        blocks = _open(settings, plan, student, teacher, masks, step)
-        if settings.kind == "token_kl":
-            cells_gradient = functools.partial(_token_cells_gradient, settings, keys, temperature, cotangents[:, step])
-        else:
-            alignment, slopes = jax.tree.map(lambda x: x[step], saved)
-            parts = _gradient_parts(settings, alignment, slopes, temperature, cotangents[:, step])
-            cells_gradient = functools.partial(_cells_gradient, settings.kind, alignment, parts)
+    def group(step: Start, carry: tuple[Array, _Derivatives]) -> tuple[Array, _Derivatives]:
+        losses, derivatives = carry
+        blocks, temperature = _open(plan, grouped, step)
+        result = _group(plan, blocks, temperature)
 
         def block(gradient: Source, start: Start, size: int) -> Source:
-            cells = blocks.student.rows(start, size)
-            return blocks.student.pull_back(
-                gradient, start, cells, cells_gradient(cells, blocks.teacher.rows(start, size))
-            )
+            return blocks.student.pull_back(gradient, start, *result.cells_and_gradient(start, size))
 
-        return plan.fold(block, gradient)
+        student = plan.over_rows(block, derivatives.student)
+        derivatives = _Derivatives(student, _put(derivatives.temperature, step, result.temperature_gradient))
+        return _put(losses, step, result.losses), derivatives
 
-    gradient = jax.lax.fori_loop(0, plan.steps, group, jax.tree.map(jnp.zeros_like, student))
-    return plan.ungrouped(gradient), None, None, None
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, plan.dtype), _Derivatives(grouped.student, grouped.temperature))
+    losses, derivatives = plan.over_groups(group, (zeros.temperature, zeros))
+    return plan.ungrouped(losses), derivatives
 
 
-blockwise_alignment.defvjp(_forward_and_save, _backward)
+def _scaled_derivatives(plan: "_Plan", derivatives: _Derivatives, cotangents: Float[Array, " b"]) -> tuple[Any, ...]:
+    cotangents = plan.grouped(cotangents)
+
+    # One example after another, so that the compiler can write the result where the derivatives were.
+    def group(step: Start, scaled: _Derivatives) -> _Derivatives:
+        def scale(x: Array) -> Array:
+            factor = _at(cotangents, step)
+            return _put(x, step, _at(x, step) * factor.reshape(*factor.shape, *(1,) * (x.ndim - 2)))
+
+        return jax.tree.map(scale, scaled)
+
+    scaled = plan.ungrouped(plan.over_groups(group, derivatives))
+    student = jax.tree.map(lambda x: x.astype(plan.student_dtype), scaled.student)
+    return student, None, None, scaled.temperature
+
+
+_losses.defvjp(_losses_and_derivatives, _scaled_derivatives)
+
+
+class _Group(NamedTuple):
+    """The losses of a group of examples.
+
+    Attributes:
+        losses: of the examples.
+        temperature_gradient: their derivatives in the temperature.
+        cells_and_gradient: the student's cells [*g hs n] of a block of rows, from its start and size, and the gradient.
+    """
+
+    losses: Float[Array, "*g"]
+    temperature_gradient: Float[Array, "*g"]
+    cells_and_gradient: Callable[[Start, int], tuple[Array, Array]]
+
+
+def _group(plan: "_Plan", blocks: "_Blocks", temperature: Float[Array, "*g"]) -> _Group:
+    if plan.settings.kind == "token_kl":
+        return _token_group(plan, blocks, temperature)
+    return _example_group(plan, blocks, temperature)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,11 +190,14 @@ class _Plan(NamedTuple):
     unfolded to [group, steps], so that every device walks its own examples.
     """
 
+    settings: Settings
     group: int
     steps: int
     rows: int
     queries: int
+    keys: int
     dtype: jnp.dtype
+    student_dtype: jnp.dtype
 
     def grouped(self, tree: Any) -> Any:
         """[b ...] to [group steps ...]."""
@@ -168,34 +207,55 @@ class _Plan(NamedTuple):
         """[group steps ...] to [b ...]."""
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
-    def fold(self, step: Callable[[Any, Start, int], Any], carry: Any) -> Any:
-        """`carry = step(carry, start, rows)` over the blocks of a group; the last one has the rows that are left."""
+    def over_groups(self, group: Callable[[Start, Any], Any], carry: Any) -> Any:
+        """`carry = group(step, carry)` over the steps."""
+        return group(0, carry) if self.steps == 1 else jax.lax.fori_loop(0, self.steps, group, carry)
+
+    def over_rows(self, block: Callable[[Any, Start, int], Any], carry: Any) -> Any:
+        """`carry = block(carry, start, rows)` over the blocks of a group; the last one has the rows that are left."""
         whole, rest = divmod(self.queries, self.rows)
         if whole == 1:
-            carry = step(carry, 0, self.rows)
+            carry = block(carry, 0, self.rows)
         else:
-            carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(carry, i * self.rows, self.rows), carry)
-        return step(carry, whole * self.rows, rest) if rest else carry
+            carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(carry, i * self.rows, self.rows), carry)
+        return block(carry, whole * self.rows, rest) if rest else carry
 
 
-def _plan(settings: Settings, student: Source, teacher: Source) -> _Plan:
-    examples, student_heads, queries, keys = student.shape
-    cells_per_row = (student_heads + teacher.shape[1]) * keys
-    budget = _BLOCK_CELLS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-    rows = min(queries, settings.rows_per_block or max(1, budget // cells_per_row))
-    parts = math.gcd(examples, _batch_parts(student))
+def _plan(settings: Settings, student: Source, teacher: Source, queries: int, keys: int) -> _Plan:
+    first, *others = jax.tree.leaves((student, teacher))
+    examples = first.shape[0]
+    cells_per_row = (first.shape[1] + others[-1].shape[1]) * keys
+    is_whole = isinstance(student, Maps) and queries * cells_per_row <= _WHOLE_CELLS
+    rows = settings.rows_per_block or (queries if is_whole else max(1, _BLOCK_CELLS // cells_per_row))
+    rows = min(rows, queries)
+    parts = math.gcd(examples, _batch_parts(first))
     local = examples // parts
-    largest = max(1, budget // (queries * cells_per_row)) if rows == queries else 1
+    largest = max(1, _BLOCK_CELLS // (queries * cells_per_row)) if rows == queries else 1
     group = parts * max(size for size in range(1, min(local, largest) + 1) if local % size == 0)
-    dtypes = (leaf.dtype for leaf in jax.tree.leaves((student, teacher)))
-    dtype = jnp.promote_types(functools.reduce(jnp.promote_types, dtypes), jnp.float32)
-    return _Plan(group, examples // group, rows, queries, dtype)
+    dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in (first, *others)), jnp.float32)
+    return _Plan(settings, group, examples // group, rows, queries, keys, jnp.dtype(dtype), first.dtype)
 
 
-def _batch_parts(source: Source) -> int:
-    """Into how many parts the compiler may split the batch: the devices of the mesh that it places the arrays on."""
-    mesh = jax.typeof(jax.tree.leaves(source)[0]).sharding.mesh
+def _batch_parts(x: Array) -> int:
+    """Into how many parts the compiler may split the batch: the devices of the mesh that it places the array on."""
+    mesh = jax.typeof(x).sharding.mesh
     return math.prod(mesh.shape[name] for name in mesh.auto_axes)
+
+
+def _at(x: Array, step: Start) -> Array:
+    """`x[:, step]`; without the first axis where it is of length 1, which products of matrices are not slowed by then."""
+    x = jax.lax.dynamic_index_in_dim(x, step, axis=1, keepdims=False)
+    return x[0] if len(x) == 1 else x
+
+
+def _put(x: Array, step: Start, value: Array) -> Array:
+    """`x` with `value` at `[:, step]`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype).reshape(len(x), 1, *x.shape[2:]), step, axis=1)
+
+
+def _as_part(x: Array, whole: Array) -> Array:
+    """A group's `x` with the axes of `whole`, of which it is a part at one step."""
+    return x.astype(whole.dtype).reshape(len(whole), 1, *x.shape[-(whole.ndim - 2) :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,67 +265,72 @@ def _batch_parts(source: Source) -> int:
 class _MapBlocks(NamedTuple):
     """Blocks of a group's maps, cut from the maps of the batch."""
 
-    maps: Float[Array, "g steps h q k"]
-    step: Int[Array, ""]
+    maps: Float[Array, "g steps h n"]
+    step: Start
     masks: Masks
+    keys: int
     dtype: jnp.dtype
 
-    def rows(self, start: Start, size: int) -> Float[Array, "g h n"]:
+    def rows(self, start: Start, size: int) -> Float[Array, "*g h n"]:
         """Cells of `size` query rows, 0 where they do not count."""
-        keys = self.maps.shape[-1]
-        cells = _cut(_flat(self.maps), self.step, start * keys, size * keys).astype(self.dtype)
-        return self._counting(cells, start, size)
+        at = (0, self.step, 0, start * self.keys)
+        cells = jax.lax.dynamic_slice(self.maps, at, (len(self.maps), 1, self.maps.shape[2], size * self.keys))
+        cells = self._counting(_at(cells, 0).astype(self.dtype), start, size)
+        # Cut once; left alone, the compiler would cut it anew for each use.
+        return jax.lax.optimization_barrier(cells)
 
-    def pull_back(self, gradient: Maps, start: Start, cells: Array, cells_gradient: Float[Array, "g h n"]) -> Maps:
+    def pull_back(self, gradient: Maps, start: Start, cells: Array, cells_gradient: Float[Array, "*g h n"]) -> Maps:
         """`gradient` with that of a block in its place."""
         del cells
-        keys = self.maps.shape[-1]
-        block = self._counting(cells_gradient, start, cells_gradient.shape[-1] // keys)
-        return Maps(_paste(_flat(gradient.maps), block, self.step, start * keys).reshape(self.maps.shape))
+        block = self._counting(cells_gradient, start, cells_gradient.shape[-1] // self.keys)
+        at = (0, self.step, 0, start * self.keys)
+        return Maps(jax.lax.dynamic_update_slice(gradient.maps, _as_part(block, gradient.maps), at))
 
-    def _counting(self, cells: Float[Array, "g h n"], start: Start, size: int) -> Float[Array, "g h n"]:
+    def _counting(self, cells: Float[Array, "*g h n"], start: Start, size: int) -> Float[Array, "*g h n"]:
         counts = _counting_cells(self.masks, start, size)
         if counts is None:
             return cells
-        counts = jnp.broadcast_to(counts, (cells.shape[0], 1, size, self.maps.shape[-1]))
-        return jnp.where(counts.reshape(cells.shape[0], 1, -1), cells, 0.0)
+        counts = jnp.broadcast_to(counts, (*counts.shape[:-2], size, self.keys))
+        return jnp.where(counts.reshape(*counts.shape[:-2], -1), cells, 0.0)
 
 
 class _AttentionBlocks(NamedTuple):
     """Blocks of a group's maps, computed from its queries and keys."""
 
-    query: Float[Array, "g steps h q d"]
-    key: Float[Array, "g h k d"]
-    step: Int[Array, ""]
+    query: Float[Array, "*g h q d"]
+    key: Float[Array, "*g h k d"]
+    step: Start
     masks: Masks
     causal: bool
 
-    def rows(self, start: Start, size: int) -> Float[Array, "g h n"]:
+    def rows(self, start: Start, size: int) -> Float[Array, "*g h n"]:
         """Cells of `size` query rows, 0 where they do not count."""
         counts = _counting_cells(self.masks, start, size)
         if self.causal:
             earlier = (start + jnp.arange(size))[:, None] >= jnp.arange(self.key.shape[-2])
             counts = earlier if counts is None else counts & earlier
-        logits = _contract("ghqd,ghkd->ghqk", self._queries(start, size), self.key)
+        logits = _contract("...qd,...kd->...qk", self._queries(start, size), self.key)
         maps = jax.nn.softmax(logits, axis=-1) if counts is None else masked_softmax(logits, counts)
-        return maps.reshape(*maps.shape[:2], -1)
+        return maps.reshape(*maps.shape[:-2], -1)
 
     def pull_back(
-        self, gradient: QueriesKeys, start: Start, cells: Float[Array, "g h n"], cells_gradient: Float[Array, "g h n"]
+        self, gradient: QueriesKeys, start: Start, cells: Float[Array, "*g h n"], cells_gradient: Float[Array, "*g h n"]
     ) -> QueriesKeys:
         """`gradient` with a block's share added: through the softmax and the inner products."""
         queries = self._queries(start, cells.shape[-1] // self.key.shape[-2])
         maps, maps_gradient = (x.reshape(*queries.shape[:-1], -1) for x in (cells, cells_gradient))
         mean = jnp.sum(maps * maps_gradient, axis=-1, keepdims=True)
         logits_gradient = maps * (maps_gradient - mean)
-        query = _contract("ghqk,ghkd->ghqd", logits_gradient, self.key)
-        key = _contract("ghqk,ghqd->ghkd", logits_gradient, queries)
-        return QueriesKeys(_paste(gradient.query, query, self.step, start), gradient.key.at[:, self.step].add(key))
+        query = _contract("...qk,...kd->...qd", logits_gradient, self.key)
+        key = _contract("...qk,...qd->...kd", logits_gradient, queries)
+        at = (0, self.step, 0, start, 0)
+        return QueriesKeys(
+            jax.lax.dynamic_update_slice(gradient.query, _as_part(query, gradient.query), at),
+            _put(gradient.key, self.step, _at(gradient.key, self.step) + key),
+        )
 
-    def _queries(self, start: Start, size: int) -> Float[Array, "g h q d"]:
-        queries = _cut(self.query, self.step, start, size)
-        counts = _cut_mask(self.masks.query, start, size)
-        return queries if counts is None else jnp.where(counts[:, None, :, None], queries, 0.0)
+    def _queries(self, start: Start, size: int) -> Float[Array, "*g h q d"]:
+        return jax.lax.dynamic_slice_in_dim(self.query, start, size, axis=-2)
 
 
 class _Blocks(NamedTuple):
@@ -275,63 +340,56 @@ class _Blocks(NamedTuple):
     student: _MapBlocks | _AttentionBlocks
     teacher: _MapBlocks | _AttentionBlocks
 
-    def total(self, value: Callable[[Float[Array, "g hs n"], Float[Array, "g ht n"]], Any]) -> Any:
-        """The sum of `value(student cells, teacher cells)` over the blocks."""
+    def reading(self, derive: Callable[[Float[Array, "*g hs n"], Float[Array, "*g ht n"]], Any]) -> "_Reading":
+        """`derive(student cells, teacher cells)` of the block that begins at a row and has so many."""
 
-        def block(start: Start, size: int) -> Any:
-            return value(self.student.rows(start, size), self.teacher.rows(start, size))
+        def read(start: Start, size: int) -> Any:
+            return derive(self.student.rows(start, size), self.teacher.rows(start, size))
 
-        # Zeros like an input vary over the same mapped axes as what is added to them.
+        if self.plan.rows < self.plan.queries:
+            return read
+        whole = read(0, self.plan.rows)
+        return lambda start, size: whole
+
+    def total(self, read: "_Reading") -> Any:
+        """The sum over the blocks."""
+        if self.plan.rows == self.plan.queries:
+            return read(0, self.plan.rows)
         like = jax.tree.leaves(self.student)[0]
-        shapes = jax.eval_shape(functools.partial(block, size=self.plan.rows), 0)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(like, dtype=x.dtype, shape=x.shape), shapes)
-        return self.plan.fold(lambda carry, start, size: jax.tree.map(jnp.add, carry, block(start, size)), zeros)
+        shapes = jax.eval_shape(functools.partial(read, size=self.plan.rows), 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(like, x.dtype, shape=x.shape), shapes)
+        return self.plan.over_rows(lambda carry, start, size: jax.tree.map(jnp.add, carry, read(start, size)), zeros)
 
 
-def _open(
-    settings: Settings, plan: _Plan, student: Source, teacher: Source, masks: Masks, step: Int[Array, ""]
-) -> _Blocks:
-    masks = jax.tree.map(lambda mask: mask[:, step], masks)
+_Reading: TypeAlias = Callable[[Start, int], Any]
+
+
+def _open(plan: _Plan, inputs: _Inputs, step: Start) -> tuple[_Blocks, Float[Array, "*g"]]:
+    """The blocks of one group, and its temperature."""
+    masks = jax.tree.map(lambda mask: _at(mask, step), inputs.masks)
+
+    def counting(x: Float[Array, "*g h n d"], counts: Bool[Array, "*g n"] | None) -> Float[Array, "*g h n d"]:
+        x = x.astype(plan.dtype)
+        return x if counts is None else jnp.where(counts[..., None, :, None], x, 0.0)
 
     def blocks(source: Source) -> _MapBlocks | _AttentionBlocks:
         match source:
             case Maps(maps):
-                return _MapBlocks(maps, step, masks, plan.dtype)
+                return _MapBlocks(maps, step, masks, plan.keys, plan.dtype)
             case QueriesKeys(query, key):
-                keys = key[:, step].astype(plan.dtype)
-                if masks.key is not None:
-                    keys = jnp.where(masks.key[:, None, :, None], keys, 0.0)
-                return _AttentionBlocks(query, keys, step, masks, settings.causal)
+                query, key = counting(_at(query, step), masks.query), counting(_at(key, step), masks.key)
+                return _AttentionBlocks(query, key, step, masks, plan.settings.causal)
 
-    return _Blocks(plan, blocks(student), blocks(teacher))
+    return _Blocks(plan, blocks(inputs.student), blocks(inputs.teacher)), _at(inputs.temperature, step)
 
 
-def _flat(maps: Float[Array, "g steps h q k"]) -> Float[Array, "g steps h n"]:
-    return maps.reshape(*maps.shape[:3], -1)
-
-
-def _cut(x: Array, step: Int[Array, ""], start: Start, size: int) -> Array:
-    """`x[:, step, :, start : start + size]`."""
-    at = (0, step, 0, start, *(0,) * (x.ndim - 4))
-    return jax.lax.dynamic_slice(x, at, (x.shape[0], 1, x.shape[2], size, *x.shape[4:]))[:, 0]
-
-
-def _paste(x: Array, block: Array, step: Int[Array, ""], start: Start) -> Array:
-    """`x` with `block` in the place that `_cut` takes it from."""
-    return jax.lax.dynamic_update_slice(x, block[:, None].astype(x.dtype), (0, step, 0, start, *(0,) * (x.ndim - 4)))
-
-
-def _cut_mask(mask: Bool[Array, "g q"] | None, start: Start, size: int) -> Bool[Array, "g r"] | None:
-    return None if mask is None else jax.lax.dynamic_slice_in_dim(mask, start, size, 1)
-
-
-def _counting_cells(masks: Masks, start: Start, size: int) -> Bool[Array, "g 1 #r #k"] | None:
+def _counting_cells(masks: Masks, start: Start, size: int) -> Bool[Array, "*g 1 #r #k"] | None:
     """Which cells of a block of query rows count; None for all."""
     sides = []
     if masks.query is not None:
-        sides.append(_cut_mask(masks.query, start, size)[:, None, :, None])
+        sides.append(jax.lax.dynamic_slice_in_dim(masks.query, start, size, -1)[..., None, :, None])
     if masks.key is not None:
-        sides.append(masks.key[:, None, None, :])
+        sides.append(masks.key[..., None, None, :])
     return functools.reduce(jnp.logical_and, sides) if sides else None
 
 
@@ -339,12 +397,14 @@ def _contract(spec: str, first: Array, second: Array) -> Array:
     return jnp.einsum(spec, first, second, precision=jax.lax.Precision.HIGHEST)
 
 
-def _combine(coefficients: Float[Array, "g o i"], heads: Float[Array, "g i n"]) -> Float[Array, "g o n"]:
+def _combine(coefficients: Float[Array, "*g o i"], heads: Float[Array, "*g i n"]) -> Float[Array, "*g o n"]:
     """`sum_i coefficients_oi heads_i`."""
-    if heads.shape[1] > _FUSED_HEADS:
-        return _contract("goi,gin->gon", coefficients, heads)
-    terms = (coefficients[:, :, i, None] * heads[:, None, i] for i in range(heads.shape[1]))
-    return functools.reduce(jnp.add, terms)
+    return _contract("...oi,...in->...on", coefficients, heads)
+
+
+def _products(first: Float[Array, "*g i n"], second: Float[Array, "*g j n"]) -> Float[Array, "*g i j"]:
+    """Inner products over cells."""
+    return _contract("...in,...jn->...ij", first, second)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,165 +419,167 @@ class _Alignment(NamedTuple):
         cosines: of teacher and student heads.
         mixing: from student heads to what teacher heads are compared with, `m_i = sum_j mixing_ij s_j`, in the units of
             the teacher's maps.
-        student_unit: 1 / |s_j|, the Euclidean length, 0 for an empty head.
+        student_unit: 1 / |s_j|, the Euclidean length; 0 for an empty head.
         teacher_unit: 1 / |t_i|.
         student_scale: 1 / the norm of s_j in which the maps are compared.
-        teacher_scale: 1 / that of t_i.
+        teacher_scale: 1 / that of t_i; 0 without a student head to learn from.
     """
 
-    weights: Float[Array, "g ht hs"]
-    cosines: Float[Array, "g ht hs"]
-    mixing: Float[Array, "g ht hs"]
-    student_unit: Float[Array, "g hs"]
-    teacher_unit: Float[Array, "g ht"]
-    student_scale: Float[Array, "g hs"]
-    teacher_scale: Float[Array, "g ht"]
+    weights: Float[Array, "*g ht hs"]
+    cosines: Float[Array, "*g ht hs"]
+    mixing: Float[Array, "*g ht hs"]
+    student_unit: Float[Array, "*g hs"]
+    teacher_unit: Float[Array, "*g ht"]
+    student_scale: Float[Array, "*g hs"]
+    teacher_scale: Float[Array, "*g ht"]
 
 
-def _alignment(kind: Kind, blocks: _Blocks, temperature: Float[Array, ""]) -> _Alignment:
+def _alignment(kind: Kind, blocks: _Blocks, temperature: Float[Array, "*g"]) -> _Alignment:
     """The first walk."""
 
-    def block(student: Float[Array, "g hs n"], teacher: Float[Array, "g ht n"]) -> Any:
+    def block(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Any:
         squares = [jnp.sum(jnp.square(cells), axis=-1) for cells in (student, teacher)]
         sums = [jnp.sum(cells, axis=-1) for cells in (student, teacher)] if kind == "kl" else []
-        return _contract("gin,gjn->gij", teacher, student), squares, sums
+        return _products(teacher, student), squares, sums
 
-    products, squares, sums = blocks.total(block)
-    student_unit, teacher_unit = map(inverse_root, squares)
-    cosines = products * teacher_unit[:, :, None] * student_unit[:, None, :]
+    products, squares, sums = blocks.total(blocks.reading(block))
     student_squares, teacher_squares = squares
+    student_unit, teacher_unit = map(inverse_root, squares)
+    cosines = products * teacher_unit[..., :, None] * student_unit[..., None, :]
     weights = head_weights(cosines, teacher_squares, student_squares, temperature)
     student_scale, teacher_scale = map(inverse, sums) if kind == "kl" else (student_unit, teacher_unit)
-    # A teacher head without a student head to learn from is left out.
     teacher_scale = jnp.where(jnp.any(weights > 0, axis=-1), teacher_scale, 0.0)
-    mixing = weights * student_scale[:, None, :] * inverse(teacher_scale)[:, :, None]
+    mixing = weights * student_scale[..., None, :] * inverse(teacher_scale)[..., :, None]
     return _Alignment(weights, cosines, mixing, student_unit, teacher_unit, student_scale, teacher_scale)
 
 
-def _losses(kind: Kind, blocks: _Blocks, alignment: _Alignment) -> tuple[Float[Array, " g"], Float[Array, "g ht hs"]]:
-    """The second walk: the losses, and their slopes `d loss / d a_ij`."""
+def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]) -> _Group:
+    kind = plan.settings.kind
+    temperature = temperature[..., None, None]
+    alignment = _alignment(kind, blocks, temperature)
+    read = blocks.reading(functools.partial(_compare, kind, alignment))
 
-    def block(student: Float[Array, "g hs n"], teacher: Float[Array, "g ht n"]) -> Any:
-        mixture = _combine(alignment.mixing, student)
-        slopes = _slopes(kind, alignment, teacher, mixture)
-        if kind == "mse":
-            cells = jnp.square(slopes)
-        else:
-            floor = _floor(alignment)
-            log_ratio = jnp.log(jnp.maximum(teacher, floor) / jnp.maximum(mixture, floor))
-            # The last two terms add up to 0 over the cells, and make each cell's value second order in the difference,
-            # so that it does not matter how exactly the maps are normalised.
-            cells = teacher * log_ratio - teacher + mixture
-        return jnp.sum(cells, axis=-1), _contract("gin,gjn->gij", slopes, student)
+    def sums(start: Start, size: int) -> Any:
+        compared = read(start, size)
+        return _head_losses(kind, alignment, compared), _products(compared.differences, compared.student)
 
-    values, slopes = blocks.total(block)
-    losses = jnp.sum(values * (alignment.teacher_scale ** (2 if kind == "mse" else 1)), axis=-1)
-    return losses, slopes * _slope_scale(kind, alignment)[:, :, None] * alignment.student_scale[:, None, :]
+    head_losses, products = blocks.total(sums)
+    unit = jnp.square(alignment.teacher_scale) if kind == "mse" else alignment.teacher_scale
+    difference_scale = 2 * alignment.teacher_scale if kind == "mse" else -jnp.ones_like(alignment.teacher_scale)
 
+    weighted = alignment.weights * products * difference_scale[..., :, None] * alignment.student_scale[..., None, :]
+    logits = weighted - alignment.weights * jnp.sum(weighted, axis=-1, keepdims=True)
+    of_temperature = -jnp.sum(logits * alignment.cosines / jnp.square(temperature), axis=(-2, -1))
+    of_cosines = jnp.zeros_like(logits) if plan.settings.alignment_gradient == "stopped" else logits / temperature
+    cells_gradient = _cells_gradient(kind, alignment, difference_scale, jnp.sum(weighted, axis=-2), of_cosines)
 
-def _floor(alignment: _Alignment) -> Float[Array, "g ht 1"]:
-    """The smallest share of a map's mass that counts, in the units of the teacher's maps."""
-    scale = alignment.teacher_scale
-    return (SMALLEST_SHARE / jnp.where(scale > 0, scale, 1.0))[:, :, None]
+    def cells_and_gradient(start: Start, size: int) -> tuple[Float[Array, "*g hs n"], Float[Array, "*g hs n"]]:
+        compared = read(start, size)
+        return compared.student, cells_gradient(compared)
 
-
-def _slopes(
-    kind: Kind, alignment: _Alignment, teacher: Float[Array, "g ht n"], mixture: Float[Array, "g ht n"]
-) -> Float[Array, "g ht n"]:
-    """`d loss / d m_in` in units of `_slope_scale`."""
-    if kind == "mse":
-        return mixture - teacher
-    floor = _floor(alignment)
-    return jnp.where(mixture > floor, 1.0 - teacher / jnp.maximum(mixture, floor), 1.0)
+    return _Group(jnp.sum(head_losses * unit, axis=-1), of_temperature, cells_and_gradient)
 
 
-def _slope_scale(kind: Kind, alignment: _Alignment) -> Float[Array, "g ht"]:
-    return 2.0 * alignment.teacher_scale if kind == "mse" else jnp.ones_like(alignment.teacher_scale)
-
-
-class _GradientParts(NamedTuple):
-    """The gradient at a cell of student head j is
-
-        sum_i direct_ji slope_i + sum_i through_ji t_i - own_j s_j - offset_j
+class _Compared(NamedTuple):
+    """A block of cells.
 
     Attributes:
-        direct: through the mixture.
-        through: through the cosine with the teacher's heads; None where the weights are held fixed.
-        own: through the cosine's and the mixture's Euclidean norms.
-        offset: through the mixture's sums.
+        student: s [*g hs n].
+        teacher: t [*g ht n].
+        mixture: m, of student heads for each teacher head, in the units of t.
+        differences: `m - t` for "mse", `t / m` for "kl": the loss's derivative in m, up to a factor and, for "kl", a
+            constant over all cells and heads, which has no effect on the gradient because mixtures sum to 1.
     """
 
-    direct: Float[Array, "g hs ht"]
-    through: Float[Array, "g hs ht"] | None
-    own: Float[Array, "g hs"]
-    offset: Float[Array, "g hs"]
+    student: Float[Array, "*g hs n"]
+    teacher: Float[Array, "*g ht n"]
+    mixture: Float[Array, "*g ht n"]
+    differences: Float[Array, "*g ht n"]
 
 
-def _gradient_parts(
-    settings: Settings,
-    alignment: _Alignment,
-    slopes: Float[Array, "g ht hs"],
-    temperature: Float[Array, ""],
-    cotangents: Float[Array, " g"],
-) -> _GradientParts:
-    cotangents = cotangents.astype(slopes.dtype)[:, None, None]
-    weights, scale = alignment.weights, alignment.student_scale
-    weighted = weights * slopes * cotangents
-    direct = weights * _slope_scale(settings.kind, alignment)[:, :, None] * scale[:, None, :] * cotangents
-    along = jnp.sum(weighted, axis=1)
-    own, offset = (along * jnp.square(scale), 0.0 * along) if settings.kind == "mse" else (0.0 * along, along * scale)
-    if settings.stop_alignment_gradient:
-        return _GradientParts(direct.mT, None, own, offset)
-    cosines = (weighted - weights * jnp.sum(weighted, axis=-1, keepdims=True)) / temperature.astype(slopes.dtype)
-    through = cosines * alignment.teacher_unit[:, :, None] * alignment.student_unit[:, None, :]
-    own = own + jnp.sum(cosines * alignment.cosines, axis=1) * jnp.square(alignment.student_unit)
-    return _GradientParts(direct.mT, through.mT, own, offset)
+def _compare(
+    kind: Kind, alignment: _Alignment, student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]
+) -> _Compared:
+    mixture = _combine(alignment.mixing, student)
+    if kind == "mse":
+        differences = mixture - teacher
+    else:
+        floor = _floor(alignment)
+        differences = jnp.where(mixture > floor, teacher / jnp.maximum(mixture, floor), 0.0)
+    # They are read several times; left alone, the compiler would compute them anew each time.
+    return _Compared(student, teacher, mixture, jax.lax.optimization_barrier(differences))
+
+
+def _head_losses(kind: Kind, alignment: _Alignment, compared: _Compared) -> Float[Array, "*g ht"]:
+    """The share of a block of cells in the loss of each teacher head, in units of the teacher's map."""
+    _, teacher, mixture, differences = compared
+    if kind == "mse":
+        return jnp.sum(jnp.square(differences), axis=-1)
+    floor = _floor(alignment)
+    ratio = jnp.where(mixture > floor, differences, teacher / floor)
+    # The last two terms add up to 0 over the cells, and make each cell's value second order in the difference, so that
+    # it does not matter how exactly the maps are normalised.
+    cells = teacher * jnp.log(jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)) - teacher + mixture
+    return jnp.sum(cells, axis=-1)
+
+
+def _floor(alignment: _Alignment) -> Float[Array, "*g ht 1"]:
+    """The smallest share of a map's mass that counts, in the units of the teacher's maps."""
+    scale = alignment.teacher_scale
+    return (SMALLEST_SHARE / jnp.where(scale > 0, scale, 1.0))[..., :, None]
 
 
 def _cells_gradient(
     kind: Kind,
     alignment: _Alignment,
-    parts: _GradientParts,
-    student: Float[Array, "g hs n"],
-    teacher: Float[Array, "g ht n"],
-) -> Float[Array, "g hs n"]:
-    """The third walk: the gradient of a block's student cells."""
-    slopes = _slopes(kind, alignment, teacher, _combine(alignment.mixing, student))
-    gradient = _combine(parts.direct, slopes) - parts.own[:, :, None] * student
-    if parts.through is not None:
-        gradient = gradient + _combine(parts.through, teacher)
-    return gradient - parts.offset[:, :, None] if kind == "kl" else gradient
+    difference_scale: Float[Array, "*g ht"],
+    along: Float[Array, "*g hs"],
+    of_cosines: Float[Array, "*g ht hs"],
+) -> Callable[[_Compared], Float[Array, "*g hs n"]]:
+    """The gradient of a block of cells, from the loss's derivatives in the cosines and `along` the student heads."""
+    scale, unit = alignment.student_scale, alignment.student_unit
+    # Products of transposed factors: one that the compiler has to transpose itself goes a slower way.
+    direct = alignment.weights.mT * difference_scale[..., None, :] * scale[..., :, None]
+    through = of_cosines.mT * alignment.teacher_unit[..., None, :] * unit[..., :, None]
+    own = jnp.sum(of_cosines * alignment.cosines, axis=-2) * jnp.square(unit)
+
+    def of_distance(compared: _Compared) -> Float[Array, "*g hs n"]:
+        # `through` applies to teacher heads, which are the mixtures of student heads less the differences. There are
+        # fewer student heads than teacher heads, as a rule.
+        heads = jnp.sum(through[..., :, :, None] * alignment.mixing[..., None, :, :], axis=-2)
+        heads = heads - jnp.eye(heads.shape[-1]) * (own + along * jnp.square(scale))[..., None, :]
+        return _combine(direct - through, compared.differences) + _combine(heads, compared.student)
+
+    def of_divergence(compared: _Compared) -> Float[Array, "*g hs n"]:
+        cells = _combine(direct, compared.differences) + _combine(through, compared.teacher)
+        return cells - own[..., :, None] * compared.student - (along * scale)[..., :, None]
+
+    return of_distance if kind == "mse" else of_divergence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights per query row: "token_kl". Rows do not interact, so that a block is all that its loss and gradient need.
 
 
-def _token_block(
-    settings: Settings,
-    keys: int,
-    temperature: Float[Array, ""],
-    student: Float[Array, "g hs n"],
-    teacher: Float[Array, "g ht n"],
-) -> Float[Array, " g"]:
-    student, teacher = (token_rows(cells.reshape(*cells.shape[:2], -1, keys)) for cells in (student, teacher))
-    losses = aligned_divergence(
-        student,
-        teacher,
-        kind="kl",
-        temperature=temperature,
-        stop_alignment_gradient=settings.stop_alignment_gradient,
-    )
-    return jnp.sum(losses, axis=-1)
+def _token_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]) -> _Group:
+    def losses(
+        temperature: Float[Array, "*g"], student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]
+    ) -> Float[Array, "*g"]:
+        rows = (token_rows(cells.reshape(*cells.shape[:-1], -1, plan.keys)) for cells in (student, teacher))
+        losses = aligned_divergence(
+            *rows,
+            kind="kl",
+            temperature=temperature[..., None, None, None],
+            alignment_gradient=plan.settings.alignment_gradient,
+        )
+        return jnp.sum(losses, axis=-1)
 
+    def block(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Any:
+        values, pull_back = jax.vjp(lambda temperature: losses(temperature, student, teacher), temperature)
+        return values, pull_back(jnp.ones_like(values))[0]
 
-def _token_cells_gradient(
-    settings: Settings,
-    keys: int,
-    temperature: Float[Array, ""],
-    cotangents: Float[Array, " g"],
-    student: Float[Array, "g hs n"],
-    teacher: Float[Array, "g ht n"],
-) -> Float[Array, "g hs n"]:
-    losses, pull_back = jax.vjp(lambda student: _token_block(settings, keys, temperature, student, teacher), student)
-    return pull_back(cotangents.astype(losses.dtype))[0]
+    def gradient(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> tuple[Array, Array]:
+        values, pull_back = jax.vjp(lambda student: losses(temperature, student, teacher), student)
+        return student, pull_back(jnp.ones_like(values))[0]
+
+    return _Group(*blocks.total(blocks.reading(block)), blocks.reading(gradient))

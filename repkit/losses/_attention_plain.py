@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from repkit.numerics import Scalar
-
 Divergence: TypeAlias = Literal["mse", "kl"]
+AlignmentGradient: TypeAlias = Literal["through", "stopped"]
 
 SMALLEST_SHARE = 1e-30
 """Below this share of a map's mass a student's cell counts as this large in a logarithm, and gets no gradient."""
@@ -44,15 +43,15 @@ def head_weights(
     cosines: Float[Array, "*shape ht hs"],
     teacher_squares: Float[Array, "*shape ht"],
     student_squares: Float[Array, "*shape hs"],
-    temperature: Scalar,
+    temperature: Float[Array, "*#shape 1 1"],
 ) -> Float[Array, "*shape ht hs"]:
     """a_ij, the softmax over student heads of the cosines; empty heads, whose square is 0, take no part."""
     allowed = (teacher_squares > 0)[..., :, None] & (student_squares > 0)[..., None, :]
-    return masked_softmax(cosines / jnp.asarray(temperature, cosines.dtype), allowed)
+    return masked_softmax(cosines / temperature, allowed)
 
 
 def alignment(
-    student: Float[Array, "*shape hs n"], teacher: Float[Array, "*shape ht n"], temperature: Scalar
+    student: Float[Array, "*shape hs n"], teacher: Float[Array, "*shape ht n"], temperature: Float[Array, "*#shape 1 1"]
 ) -> Float[Array, "*shape ht hs"]:
     """a_ij of flattened maps."""
     cosines = jnp.matmul(unit_maps(teacher), unit_maps(student).mT, precision=jax.lax.Precision.HIGHEST)
@@ -83,12 +82,12 @@ def aligned_divergence(
     teacher: Float[Array, "*shape ht n"],
     *,
     kind: Divergence,
-    temperature: Scalar,
-    stop_alignment_gradient: bool,
+    temperature: Float[Array, "*#shape 1 1"],
+    alignment_gradient: AlignmentGradient,
 ) -> Float[Array, "*shape"]:
     """Divergence of each teacher head from the student heads' mixture under its weights, summed over teacher heads."""
     weights = alignment(student, teacher, temperature)
-    if stop_alignment_gradient:
+    if alignment_gradient == "stopped":
         weights = jax.lax.stop_gradient(weights)
     mixture = jnp.matmul(weights, normalized(student, kind), precision=jax.lax.Precision.HIGHEST)
     # A teacher head without a student head to learn from is left out.
@@ -96,11 +95,11 @@ def aligned_divergence(
     return divergence(mixture, jnp.where(has_student, normalized(teacher, kind), 0.0), kind)
 
 
-def flatten_cells(maps: Float[Array, "b h q k"]) -> Float[Array, "b h n"]:
+def flatten_cells(maps: Float[Array, "*b h q k"]) -> Float[Array, "*b h n"]:
     """One vector per head."""
-    return maps.reshape(*maps.shape[:2], -1)
+    return maps.reshape(*maps.shape[:-2], -1)
 
 
-def token_rows(maps: Float[Array, "b h q k"]) -> Float[Array, "b q h k"]:
+def token_rows(maps: Float[Array, "*b h q k"]) -> Float[Array, "*b q h k"]:
     """The heads' rows of each query."""
-    return jnp.swapaxes(maps, 1, 2)
+    return jnp.swapaxes(maps, -3, -2)
