@@ -7,12 +7,25 @@
 | beside it, room for what only one modality knows | `feature_separation` |
 | beside it, augmented views on a path between the two modalities | `brownian_bridge`, `brownian_bridge_path` |
 | beside it, the same arrangement of the batch in both modalities | `geometric_consistency` |
+| a small transformer that attends like a large one with other heads | `attention_map_alignment` |
+| the same where attention maps are never computed, or too long to hold | `attention_alignment_from_queries_keys` |
+| baselines of these, heads matched by number | `one_to_one_attention`, `mean_head_attention` |
+| baselines of these, heads mixed by learned or given shares | `mixed_head_attention`, `merged_head_attention` |
 
 Every loss is called as `loss(arrays, ..., *, hyper-parameters, key, where, weights, axis_name, reduction)`; one with
 state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
-(`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all of these.
+(`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all that take embeddings.
 """
 
+from repkit.losses.attention import (
+    MapProjection,
+    attention_alignment_from_queries_keys,
+    attention_map_alignment,
+    mean_head_attention,
+    merged_head_attention,
+    mixed_head_attention,
+    one_to_one_attention,
+)
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
 from repkit.losses.contrastive import info_nce
 from repkit.losses.form import Blocks, Form
@@ -24,6 +37,9 @@ __all__ = [
     "Blocks",
     "Form",
     "LogPartitionMemory",
+    "MapProjection",
+    "attention_alignment_from_queries_keys",
+    "attention_map_alignment",
     "brownian_bridge",
     "brownian_bridge_path",
     "feature_separation",
@@ -31,5 +47,9 @@ __all__ = [
     "geometric_consistency",
     "info_nce",
     "init_memory",
+    "mean_head_attention",
+    "merged_head_attention",
+    "mixed_head_attention",
+    "one_to_one_attention",
     "sample_rates",
 ]

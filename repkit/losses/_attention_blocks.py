@@ -1,10 +1,10 @@
 """Attention map alignment, example by example and in blocks of query rows.
 
 The loss of an example depends on its maps through a few sums over cells: inner products of teacher and student heads
-give the weights a, and with them a second walk gives the loss. Its gradient is, cell by cell, a combination of that
-cell's values in all heads, whose coefficients need the sums `d loss / d a` that the second walk adds up as well; a third
-walk writes it. Blocks are cut from maps, or computed anew in every walk from queries and keys. Maps of ordinary size
-are one block per example, which stays in the cache for all three walks.
+give the weights a. The gradient is, cell by cell, a combination of that cell's values in all heads, whose coefficients
+need one more sum, `d loss / d a`; a last walk writes it and adds up the loss. Blocks are cut from maps, or computed
+anew in every walk from queries and keys. Maps of ordinary size are one block per example, which stays in the cache for
+all walks.
 
 An example's gradient is its cotangent times what does not depend on it. So the forward rule computes the gradients, and
 the backward rule scales them in place: each map is read once.
@@ -115,7 +115,7 @@ def _losses(plan: "_Plan", *inputs: Any) -> Float[Array, " b"]:
 
     def group(step: Start, losses: Float[Array, "g steps"]) -> Float[Array, "g steps"]:
         blocks, temperature = _open(plan, grouped, step)
-        return _put(losses, step, _group(plan, blocks, temperature).losses)
+        return _put(losses, step, blocks.total(_group(plan, blocks, temperature).losses))
 
     return plan.ungrouped(plan.over_groups(group, jnp.zeros_like(grouped.temperature)))
 
@@ -124,16 +124,18 @@ def _losses_and_derivatives(plan: "_Plan", *inputs: Any) -> tuple[Float[Array, "
     grouped = plan.grouped(_Inputs(*inputs))
 
     def group(step: Start, carry: tuple[Array, _Derivatives]) -> tuple[Array, _Derivatives]:
-        losses, derivatives = carry
+        losses, (student, temperature_gradient) = carry
         blocks, temperature = _open(plan, grouped, step)
         result = _group(plan, blocks, temperature)
 
-        def block(gradient: Source, start: Start, size: int) -> Source:
-            return blocks.student.pull_back(gradient, start, *result.cells_and_gradient(start, size))
+        def block(carry: tuple[Source, Array], start: Start, size: int) -> tuple[Source, Array]:
+            gradient, total = carry
+            gradient = blocks.student.pull_back(gradient, start, *result.cells_and_gradient(start, size))
+            return gradient, total + result.losses(start, size)
 
-        student = plan.over_rows(block, derivatives.student)
-        derivatives = _Derivatives(student, _put(derivatives.temperature, step, result.temperature_gradient))
-        return _put(losses, step, result.losses), derivatives
+        student, total = plan.over_rows(block, (student, jnp.zeros_like(temperature)))
+        derivatives = _Derivatives(student, _put(temperature_gradient, step, result.temperature_gradient))
+        return _put(losses, step, total), derivatives
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, plan.dtype), _Derivatives(grouped.student, grouped.temperature))
     losses, derivatives = plan.over_groups(group, (zeros.temperature, zeros))
@@ -160,17 +162,17 @@ _losses.defvjp(_losses_and_derivatives, _scaled_derivatives)
 
 
 class _Group(NamedTuple):
-    """The losses of a group of examples.
+    """A group of examples.
 
     Attributes:
-        losses: of the examples.
-        temperature_gradient: their derivatives in the temperature.
-        cells_and_gradient: the student's cells [*g hs n] of a block of rows, from its start and size, and the gradient.
+        losses: what a block of rows, given by its start and size, adds to the examples' losses [*g].
+        cells_and_gradient: the student's cells of a block [*g hs n], and the losses' gradient.
+        temperature_gradient: the losses' derivatives in the temperature.
     """
 
-    losses: Float[Array, "*g"]
-    temperature_gradient: Float[Array, "*g"]
+    losses: Callable[[Start, int], Array]
     cells_and_gradient: Callable[[Start, int], tuple[Array, Array]]
+    temperature_gradient: Float[Array, "*g"]
 
 
 def _group(plan: "_Plan", blocks: "_Blocks", temperature: Float[Array, "*g"]) -> _Group:
@@ -199,6 +201,11 @@ class _Plan(NamedTuple):
     dtype: jnp.dtype
     student_dtype: jnp.dtype
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether an example's maps are one block."""
+        return self.rows == self.queries
+
     def grouped(self, tree: Any) -> Any:
         """[b ...] to [group steps ...]."""
         return jax.tree.map(lambda x: x.reshape(self.group, self.steps, *x.shape[1:]), tree)
@@ -226,7 +233,7 @@ def _plan(settings: Settings, student: Source, teacher: Source, queries: int, ke
     examples = first.shape[0]
     cells_per_row = (first.shape[1] + others[-1].shape[1]) * keys
     is_whole = isinstance(student, Maps) and queries * cells_per_row <= _WHOLE_CELLS
-    rows = settings.rows_per_block or (queries if is_whole else max(1, _BLOCK_CELLS // cells_per_row))
+    rows = settings.rows_per_block or (queries if is_whole else _block_rows(cells_per_row))
     rows = min(rows, queries)
     parts = math.gcd(examples, _batch_parts(first))
     local = examples // parts
@@ -236,6 +243,12 @@ def _plan(settings: Settings, student: Source, teacher: Source, queries: int, ke
     return _Plan(settings, group, examples // group, rows, queries, keys, jnp.dtype(dtype), first.dtype)
 
 
+def _block_rows(cells_per_row: int) -> int:
+    """Rows of a block, a multiple of what a vector register holds where there are as many."""
+    rows = max(1, _BLOCK_CELLS // cells_per_row)
+    return rows if rows < 16 else rows - rows % 16
+
+
 def _batch_parts(x: Array) -> int:
     """Into how many parts the compiler may split the batch: the devices of the mesh that it places the array on."""
     mesh = jax.typeof(x).sharding.mesh
@@ -243,7 +256,7 @@ def _batch_parts(x: Array) -> int:
 
 
 def _at(x: Array, step: Start) -> Array:
-    """`x[:, step]`; without the first axis where it is of length 1, which products of matrices are not slowed by then."""
+    """`x[:, step]`; without the first axis if its length is 1, because such an axis slows products of matrices."""
     x = jax.lax.dynamic_index_in_dim(x, step, axis=1, keepdims=False)
     return x[0] if len(x) == 1 else x
 
@@ -279,7 +292,7 @@ class _MapBlocks(NamedTuple):
         # Cut once; left alone, the compiler would cut it anew for each use.
         return jax.lax.optimization_barrier(cells)
 
-    def pull_back(self, gradient: Maps, start: Start, cells: Array, cells_gradient: Float[Array, "*g h n"]) -> Maps:
+    def pull_back(self, gradient: Any, start: Start, cells: Array, cells_gradient: Float[Array, "*g h n"]) -> Maps:
         """`gradient` with that of a block in its place."""
         del cells
         block = self._counting(cells_gradient, start, cells_gradient.shape[-1] // self.keys)
@@ -314,7 +327,7 @@ class _AttentionBlocks(NamedTuple):
         return maps.reshape(*maps.shape[:-2], -1)
 
     def pull_back(
-        self, gradient: QueriesKeys, start: Start, cells: Float[Array, "*g h n"], cells_gradient: Float[Array, "*g h n"]
+        self, gradient: Any, start: Start, cells: Float[Array, "*g h n"], cells_gradient: Float[Array, "*g h n"]
     ) -> QueriesKeys:
         """`gradient` with a block's share added: through the softmax and the inner products."""
         queries = self._queries(start, cells.shape[-1] // self.key.shape[-2])
@@ -346,17 +359,17 @@ class _Blocks(NamedTuple):
         def read(start: Start, size: int) -> Any:
             return derive(self.student.rows(start, size), self.teacher.rows(start, size))
 
-        if self.plan.rows < self.plan.queries:
+        if not self.plan.is_whole:
             return read
         whole = read(0, self.plan.rows)
         return lambda start, size: whole
 
     def total(self, read: "_Reading") -> Any:
         """The sum over the blocks."""
-        if self.plan.rows == self.plan.queries:
+        if self.plan.is_whole:
             return read(0, self.plan.rows)
         like = jax.tree.leaves(self.student)[0]
-        shapes = jax.eval_shape(functools.partial(read, size=self.plan.rows), 0)
+        shapes = jax.eval_shape(lambda start: read(start, self.plan.rows), 0)
         zeros = jax.tree.map(lambda x: jnp.zeros_like(like, x.dtype, shape=x.shape), shapes)
         return self.plan.over_rows(lambda carry, start, size: jax.tree.map(jnp.add, carry, read(start, size)), zeros)
 
@@ -415,6 +428,8 @@ class _Alignment(NamedTuple):
     """What the sums over all cells of an example say about its heads.
 
     Attributes:
+        products: inner products of teacher and student heads.
+        student_products: of student heads; None where the differences from their mixture are multiplied instead.
         weights: a_ij, 0 for empty heads.
         cosines: of teacher and student heads.
         mixing: from student heads to what teacher heads are compared with, `m_i = sum_j mixing_ij s_j`, in the units of
@@ -425,6 +440,8 @@ class _Alignment(NamedTuple):
         teacher_scale: 1 / that of t_i; 0 without a student head to learn from.
     """
 
+    products: Float[Array, "*g ht hs"]
+    student_products: Float[Array, "*g hs hs"] | None
     weights: Float[Array, "*g ht hs"]
     cosines: Float[Array, "*g ht hs"]
     mixing: Float[Array, "*g ht hs"]
@@ -440,9 +457,10 @@ def _alignment(kind: Kind, blocks: _Blocks, temperature: Float[Array, "*g"]) -> 
     def block(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Any:
         squares = [jnp.sum(jnp.square(cells), axis=-1) for cells in (student, teacher)]
         sums = [jnp.sum(cells, axis=-1) for cells in (student, teacher)] if kind == "kl" else []
-        return _products(teacher, student), squares, sums
+        own = None if kind == "kl" or blocks.plan.is_whole else _products(student, student)
+        return _products(teacher, student), own, squares, sums
 
-    products, squares, sums = blocks.total(blocks.reading(block))
+    products, student_products, squares, sums = blocks.total(blocks.reading(block))
     student_squares, teacher_squares = squares
     student_unit, teacher_unit = map(inverse_root, squares)
     cosines = products * teacher_unit[..., :, None] * student_unit[..., None, :]
@@ -450,7 +468,17 @@ def _alignment(kind: Kind, blocks: _Blocks, temperature: Float[Array, "*g"]) -> 
     student_scale, teacher_scale = map(inverse, sums) if kind == "kl" else (student_unit, teacher_unit)
     teacher_scale = jnp.where(jnp.any(weights > 0, axis=-1), teacher_scale, 0.0)
     mixing = weights * student_scale[..., None, :] * inverse(teacher_scale)[..., :, None]
-    return _Alignment(weights, cosines, mixing, student_unit, teacher_unit, student_scale, teacher_scale)
+    return _Alignment(
+        products,
+        student_products,
+        weights,
+        cosines,
+        mixing,
+        student_unit,
+        teacher_unit,
+        student_scale,
+        teacher_scale,
+    )
 
 
 def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]) -> _Group:
@@ -458,16 +486,22 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
     temperature = temperature[..., None, None]
     alignment = _alignment(kind, blocks, temperature)
     read = blocks.reading(functools.partial(_compare, kind, alignment))
-
-    def sums(start: Start, size: int) -> Any:
-        compared = read(start, size)
-        return _head_losses(kind, alignment, compared), _products(compared.differences, compared.student)
-
-    head_losses, products = blocks.total(sums)
     unit = jnp.square(alignment.teacher_scale) if kind == "mse" else alignment.teacher_scale
     difference_scale = 2 * alignment.teacher_scale if kind == "mse" else -jnp.ones_like(alignment.teacher_scale)
 
-    weighted = alignment.weights * products * difference_scale[..., :, None] * alignment.student_scale[..., None, :]
+    def losses(start: Start, size: int) -> Float[Array, "*g"]:
+        return jnp.sum(_head_losses(kind, alignment, read(start, size)) * unit, axis=-1)
+
+    def products(start: Start, size: int) -> Float[Array, "*g ht hs"]:
+        compared = read(start, size)
+        return _products(compared.differences, compared.student)
+
+    if alignment.student_products is None:
+        slopes = blocks.total(products)
+    else:
+        # Saves a walk. It cancels where the loss is nearly 0, but so does the difference of maps computed from keys.
+        slopes = _combine(alignment.mixing, alignment.student_products) - alignment.products
+    weighted = alignment.weights * slopes * difference_scale[..., :, None] * alignment.student_scale[..., None, :]
     logits = weighted - alignment.weights * jnp.sum(weighted, axis=-1, keepdims=True)
     of_temperature = -jnp.sum(logits * alignment.cosines / jnp.square(temperature), axis=(-2, -1))
     of_cosines = jnp.zeros_like(logits) if plan.settings.alignment_gradient == "stopped" else logits / temperature
@@ -477,7 +511,7 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
         compared = read(start, size)
         return compared.student, cells_gradient(compared)
 
-    return _Group(jnp.sum(head_losses * unit, axis=-1), of_temperature, cells_and_gradient)
+    return _Group(losses, cells_and_gradient, of_temperature)
 
 
 class _Compared(NamedTuple):
@@ -574,12 +608,16 @@ def _token_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]) 
         )
         return jnp.sum(losses, axis=-1)
 
-    def block(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Any:
+    def of_temperature(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Float[Array, "*g"]:
         values, pull_back = jax.vjp(lambda temperature: losses(temperature, student, teacher), temperature)
-        return values, pull_back(jnp.ones_like(values))[0]
+        return pull_back(jnp.ones_like(values))[0]
 
     def gradient(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> tuple[Array, Array]:
         values, pull_back = jax.vjp(lambda student: losses(temperature, student, teacher), student)
         return student, pull_back(jnp.ones_like(values))[0]
 
-    return _Group(*blocks.total(blocks.reading(block)), blocks.reading(gradient))
+    return _Group(
+        blocks.reading(functools.partial(losses, temperature)),
+        blocks.reading(gradient),
+        blocks.total(blocks.reading(of_temperature)),
+    )
