@@ -503,8 +503,8 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
         slopes = _combine(alignment.mixing, alignment.student_products) - alignment.products
     weighted = alignment.weights * slopes * difference_scale[..., :, None] * alignment.student_scale[..., None, :]
     logits = weighted - alignment.weights * jnp.sum(weighted, axis=-1, keepdims=True)
-    of_temperature = -jnp.sum(logits * alignment.cosines / jnp.square(temperature), axis=(-2, -1))
     of_cosines = jnp.zeros_like(logits) if plan.settings.alignment_gradient == "stopped" else logits / temperature
+    of_temperature = -jnp.sum(of_cosines * alignment.cosines / temperature, axis=(-2, -1))
     cells_gradient = _cells_gradient(kind, alignment, difference_scale, jnp.sum(weighted, axis=-2), of_cosines)
 
     def cells_and_gradient(start: Start, size: int) -> tuple[Float[Array, "*g hs n"], Float[Array, "*g hs n"]]:

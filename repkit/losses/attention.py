@@ -65,7 +65,7 @@ def attention_map_alignment(
 ) -> Float[Array, ""] | Float[Array, " b"]:
     """Divergence of each teacher head from the mixture of student heads that resemble it (AMAD).
 
-    With an example's flattened heads, teacher's t_i, student's s_j, and `a_ij = softmax_j(cos(t_i, s_j) / temperature)`:
+    With an example's flattened heads, teacher t_i and student s_j, and `a_ij = softmax_j(cos(t_i, s_j) / temperature)`:
 
         "mse"           sum_i | t_i / |t_i|_2 - sum_j a_ij s_j / |s_j|_2 |^2
         "kl"            sum_i KL(p_i || sum_j a_ij r_j), p_i = t_i / |t_i|_1, r_j = s_j / |s_j|_1
