@@ -8,14 +8,16 @@ import difflib
 import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from repkit.checks import InputError, unknown_name
+from repkit.losses.mesh import over_mesh
 from repkit.numerics import AxisName, WeightedMean
 
 Schedule = Callable[[Array], Array]
@@ -128,6 +130,16 @@ class Objective:
         if name not in self.terms:
             raise unknown_name("term", name, self.terms)
         return Objective({name: self.terms[name]})
+
+    def over_mesh(self, mesh: Mesh, axis_name: AxisName) -> "Objective":
+        """The objective whose losses between rows are split over axes of a mesh; see `repkit.losses.over_mesh`."""
+
+        def split(term: Term) -> Term:
+            if "axis_name" not in inspect.signature(term.loss).parameters:
+                return term
+            return replace(term, loss=over_mesh(term.loss, mesh, axis_name))
+
+        return Objective({name: split(term) for name, term in self.terms.items()})
 
     def normalizers(self, batch: Mapping[str, Array], axis_name: AxisName | None = None) -> dict[str, Float[Array, ""]]:
         """The weight Σ_i w_i by which each term's sum is to be divided, over all rows of all devices.

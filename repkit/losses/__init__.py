@@ -17,6 +17,7 @@ state takes a `memory` and returns `(loss, memory)`. Embeddings are used as give
 (`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all that take embeddings.
 """
 
+from repkit.losses._memory import LogPartitionMemory, init_memory
 from repkit.losses.attention import (
     MapProjection,
     attention_alignment_from_queries_keys,
@@ -27,29 +28,37 @@ from repkit.losses.attention import (
     one_to_one_attention,
 )
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
-from repkit.losses.contrastive import info_nce
+from repkit.losses.contrastive import decoupled_contrastive, global_contrastive, info_nce, sigmoid_contrastive
 from repkit.losses.form import Blocks, Form
-from repkit.losses.gamma import LogPartitionMemory, gamma_contrastive, init_memory, sample_rates
+from repkit.losses.gamma import gamma_contrastive, sample_rates
 from repkit.losses.geometry import geometric_consistency
+from repkit.losses.matching import HardNegatives, hard_negatives
+from repkit.losses.mesh import over_mesh
 from repkit.losses.separation import feature_separation
 
 __all__ = [
     "Blocks",
     "Form",
+    "HardNegatives",
     "LogPartitionMemory",
     "MapProjection",
     "attention_alignment_from_queries_keys",
     "attention_map_alignment",
     "brownian_bridge",
     "brownian_bridge_path",
+    "decoupled_contrastive",
     "feature_separation",
     "gamma_contrastive",
     "geometric_consistency",
+    "global_contrastive",
+    "hard_negatives",
     "info_nce",
     "init_memory",
     "mean_head_attention",
     "merged_head_attention",
     "mixed_head_attention",
     "one_to_one_attention",
+    "over_mesh",
     "sample_rates",
+    "sigmoid_contrastive",
 ]

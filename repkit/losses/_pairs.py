@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from repkit.losses.form import Blocks
-from repkit.numerics import AxisName, mask_rows, varying
+from repkit.numerics import AxisName, all_over, mask_rows, sum_over, varying
 
 Combine: TypeAlias = Literal["sum", "max"]
 
@@ -33,6 +33,13 @@ class Side(NamedTuple):
     embeds: Float[Array, "b d"]
     valid: Float[Array, " b"]
     extra: Any
+
+
+class Best(NamedTuple):
+    """With `combine="max"`, a score and what belongs to it: that of the largest score is kept."""
+
+    score: Float[Array, " b"]
+    index: Int[Array, " b"]
 
 
 class Tile(NamedTuple):
@@ -132,6 +139,37 @@ def is_one_tile(rows: int, form: Blocks, axis_name: AxisName | None) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Gradients in the forward walk
+#
+# Where the slopes do not wait for a sum over all pairs, one walk can give the sums and the gradient, if it is known in
+# advance what the sums' cotangents will be up to a factor. They are what the rows' weights make of them, whenever the
+# loss is reduced to a weighted sum or mean. A backward rule checks that, and walks again where it was not so.
+
+
+def foreseen_factor(
+    cotangents: Float[Array, "..."], foreseen: Float[Array, "..."], axis_name: AxisName | None
+) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """The factor between cotangents and what was foreseen, of all devices, and whether there is one."""
+    squares = sum_over(jnp.sum(jnp.square(foreseen)), axis_name)
+    factor = sum_over(jnp.sum(cotangents * foreseen), axis_name) / jnp.where(squares > 0, squares, 1.0)
+    # The difference between the two ways of rounding, of exponents up to 100.
+    tolerance = 200 * jnp.finfo(foreseen.dtype).eps * jnp.abs(factor * foreseen)
+    return factor, all_over(jnp.all(jnp.abs(cotangents - factor * foreseen) <= tolerance), axis_name)
+
+
+def unless(is_done: Bool[Array, ""], compute: Callable[[Float[Array, ""]], Walk], done: Walk) -> Walk:
+    """`done`, or what `compute` gives, in the same buffers; `compute` must multiply its slopes by its argument, 1."""
+    # A loop of at most one turn, because a conditional would copy what it passes on; and the factor, because the
+    # compiler moves what does not depend on the loop out of it, to where it is always computed.
+    dtype = jax.tree.leaves(done)[0].dtype
+
+    def turn(carry: tuple[Bool[Array, ""], Walk]) -> tuple[Bool[Array, ""], Walk]:
+        return ~carry[0], compute(1.0 - carry[0].astype(dtype))
+
+    return jax.lax.while_loop(lambda carry: ~carry[0], turn, (is_done, done))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The walk
 
 
@@ -202,7 +240,7 @@ def _walk_local(
             column, fresh_column = column_blocks.take(columns, j)
             part = one(row, column)
             return Walk(
-                jax.tree.map(_combine(combine), walk.row_sums, part.row_sums),
+                _merge(combine, walk.row_sums, part.row_sums),
                 column_blocks.put(walk.column_sums, part.column_sums, j, fresh_column, combine),
                 jax.tree.map(jnp.add, walk.row_gradient, part.row_gradient),
                 column_blocks.put(walk.column_gradient, part.column_gradient, j, fresh_column, "sum"),
@@ -231,7 +269,11 @@ def _filled(shapes: Walk, combine: Combine, axis_name: AxisName | None) -> Walk:
     """A walk over nothing."""
 
     def full(value: float, shapes: Any) -> Any:
-        return jax.tree.map(lambda leaf: varying(jnp.full(leaf.shape, value, leaf.dtype), axis_name), shapes)
+        def leaf(shape: jax.ShapeDtypeStruct) -> Array:
+            start = value if jnp.issubdtype(shape.dtype, jnp.floating) else 0
+            return varying(jnp.full(shape.shape, start, shape.dtype), axis_name)
+
+        return jax.tree.map(leaf, shapes)
 
     value = 0.0 if combine == "sum" else -jnp.inf
     return Walk(
@@ -242,8 +284,16 @@ def _filled(shapes: Walk, combine: Combine, axis_name: AxisName | None) -> Walk:
     )
 
 
-def _combine(combine: Combine) -> Callable[[Array, Array], Array]:
-    return jnp.add if combine == "sum" else jnp.maximum
+def _merge(combine: Combine, first: Any, second: Any) -> Any:
+    if combine == "sum":
+        return jax.tree.map(jnp.add, first, second)
+
+    def largest(x: Any, y: Any) -> Any:
+        if isinstance(x, Best):
+            return Best(jnp.maximum(x.score, y.score), jnp.where(y.score > x.score, y.index, x.index))
+        return jnp.maximum(x, y)
+
+    return jax.tree.map(largest, first, second, is_leaf=lambda x: isinstance(x, Best))
 
 
 class _BlocksOf:
@@ -267,14 +317,13 @@ class _BlocksOf:
     def put(self, totals: Any, parts: Any, i: Array, fresh: Array | None, combine: Combine) -> Any:
         """The totals with a block's parts combined into them."""
 
-        def one(total: Array, part: Array) -> Array:
-            old = jax.lax.dynamic_slice_in_dim(total, self._start(i), self.size)
-            new = _combine(combine)(old, part)
+        def place(total: Array, old: Array, new: Array) -> Array:
             if fresh is not None:
                 new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
             return jax.lax.dynamic_update_slice_in_dim(total, new, self._start(i), 0)
 
-        return jax.tree.map(one, totals, parts)
+        before = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self._start(i), self.size), totals)
+        return jax.tree.map(place, totals, before, _merge(combine, before, parts))
 
     def _start(self, i: Array) -> Array:
         return jnp.minimum(i * self.size, self.length - self.size)
@@ -291,8 +340,8 @@ def _walk_ring(
 
     def merge(walk: Walk, part: Walk) -> Walk:
         return Walk(
-            jax.tree.map(_combine(combine), walk.row_sums, part.row_sums),
-            jax.tree.map(_combine(combine), walk.column_sums, part.column_sums),
+            _merge(combine, walk.row_sums, part.row_sums),
+            _merge(combine, walk.column_sums, part.column_sums),
             jax.tree.map(jnp.add, walk.row_gradient, part.row_gradient),
             jax.tree.map(jnp.add, walk.column_gradient, part.column_gradient),
         )
@@ -321,12 +370,18 @@ def _walk_gathered(
     def scatter(x: Array) -> Array:
         return jax.lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
 
-    def mine(x: Array) -> Array:
-        size = len(columns.valid)
-        x = varying(jax.lax.pmax(x, axis_name), axis_name)
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size)
+    def exchange(x: Array) -> Array:
+        """From all devices' results for all columns to all devices' results for this device's columns."""
+        parts = x.reshape(jax.lax.axis_size(axis_name), -1)
+        return jax.lax.all_to_all(parts, axis_name, split_axis=0, concat_axis=0, tiled=True)
 
+    if combine == "sum":
+        column_sums = jax.tree.map(scatter, walk.column_sums)
+    else:
+        parts = jax.tree.map(exchange, walk.column_sums)
+        each = [jax.tree.map(lambda x, k=k: x[k], parts) for k in range(jax.lax.axis_size(axis_name))]
+        column_sums = functools.reduce(functools.partial(_merge, combine), each)
     return walk._replace(
-        column_sums=jax.tree.map(scatter if combine == "sum" else mine, walk.column_sums),
+        column_sums=column_sums,
         column_gradient=jax.tree.map(scatter, walk.column_gradient),
     )

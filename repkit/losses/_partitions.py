@@ -15,12 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 from repkit.losses._pairs import (
     Side,
     Tile,
+    TileFunction,
     Walk,
     column_sums,
+    foreseen_factor,
     is_one_tile,
     pair_products,
     row_products,
     row_sums,
+    unless,
     walk_pairs,
 )
 from repkit.losses.form import Blocks, Form
@@ -70,6 +73,22 @@ class Partition(NamedTuple):
     positives: Positives | None
 
 
+class Foreseen(NamedTuple):
+    """Says in advance what a loss will make of the negatives: `share_i exp(log_rate_i) sum_j exp(s_ij)` per anchor.
+
+    If it is so, up to a factor, one walk gives the partitions and their gradient; if not, nothing is lost but time.
+
+    Attributes:
+        log_rates: of the images and of the texts as anchors, each [b].
+        shares: the rows' weights, 0 where masked [b].
+        is_known: whether the rates are of any use; the same on all devices.
+    """
+
+    log_rates: tuple[Float[Array, " b"], Float[Array, " b"]]
+    shares: Float[Array, " b"]
+    is_known: Bool[Array, ""]
+
+
 def pair_partitions(
     images: Float[Array, "b d"],
     texts: Float[Array, "b d"],
@@ -79,10 +98,12 @@ def pair_partitions(
     where: Bool[Array, " b"] | None,
     form: Form,
     axis_name: AxisName | None,
+    foreseen: Foreseen | None = None,
 ) -> tuple[Partition, Partition]:
     """The partitions of the images over the texts, and of the texts over the images.
 
-    Rows with equal labels are positives of one another; without labels, every row is its own only positive. Masked rows
+    Rows with equal labels are positives of one another; without labels, every row is its own only positive, and what is
+    `foreseen` may save a walk. Masked rows
     must hold 0, as `embeddings` gives them; they are in nobody's sums, and their own entries are 0.
     """
     dtype = jnp.promote_types(images.dtype, jnp.float32)
@@ -92,7 +113,9 @@ def pair_partitions(
     identity = ids, None if labels is None else varying(labels, axis_name)
     if isinstance(form, Blocks):
         sides = (Side(varying(embeds, axis_name), valid.astype(dtype), identity) for embeds in (images, texts))
-        scores = _blocked_scores((form, axis_name), *sides, scale)
+        foreseen = None if foreseen is None or labels is not None else jax.lax.stop_gradient(foreseen)
+        foreseen = jax.tree.map(lambda x: varying(x, axis_name), foreseen)
+        scores = _blocked_scores((form, axis_name), *sides, scale, foreseen)
     else:
         scores = _plain_scores(at_least_float32(images), at_least_float32(texts), scale, valid, identity, axis_name)
     everyone = sum_over(jnp.sum(valid, dtype=dtype), axis_name)
@@ -226,6 +249,22 @@ class _Shifts(NamedTuple):
     positives: Float[Array, "*b"]
 
 
+class _Slopes(NamedTuple):
+    """Factors of exp(s - shift) at negatives and at positives, and what is added at positives, per anchor."""
+
+    negatives: Float[Array, "*b"]
+    positives: Float[Array, "*b"] | None
+    total: Float[Array, "*b"] | None
+
+
+class _Ahead(NamedTuple):
+    """A gradient that the forward walk has taken already, and the slopes it was taken for."""
+
+    slopes: tuple[Float[Array, " b"], Float[Array, " b"]]
+    row_gradient: Float[Array, "b d"]
+    column_gradient: Float[Array, "b d"]
+
+
 class _Residuals(NamedTuple):
     sides: tuple[Side, Side]
     scale: Float[Array, ""]
@@ -233,14 +272,20 @@ class _Residuals(NamedTuple):
     is_trusted: Bool[Array, ""]
     scores: _Scores
     products: Float[Array, "b b"] | None
+    foreseen: Foreseen | None
+    ahead: _Ahead | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked_scores(static: _Static, images: Side, texts: Side, scale: Float[Array, ""]) -> _Scores:
-    return _forward(static, images, texts, scale)[0]
+def _blocked_scores(
+    static: _Static, images: Side, texts: Side, scale: Float[Array, ""], foreseen: Foreseen | None
+) -> _Scores:
+    return _forward(static, images, texts, scale, None)[0]
 
 
-def _forward(static: _Static, images: Side, texts: Side, scale: Float[Array, ""]) -> tuple[_Scores, _Residuals]:
+def _forward(
+    static: _Static, images: Side, texts: Side, scale: Float[Array, ""], foreseen: Foreseen | None
+) -> tuple[_Scores, _Residuals]:
     form, axis_name = static
     valid = images.valid
     is_kept = is_one_tile(len(valid), form, axis_name)
@@ -251,7 +296,11 @@ def _forward(static: _Static, images: Side, texts: Side, scale: Float[Array, ""]
     # Below the headroom nothing is subtracted: small scores keep their digits.
     shift = jnp.maximum(jnp.abs(scale) * longest[0] * longest[1] - _HEADROOM, 0.0)
     shifts = _Shifts(shift, shift)
-    fast = walk(functools.partial(_sum_tile, scale, shifts), images, texts)
+    sum_tile = functools.partial(_sum_tile, scale, shifts)
+    if foreseen is None:
+        fast, ahead = walk(sum_tile, images, texts), None
+    else:
+        fast, ahead = _walk_ahead(walk, sum_tile, images, texts, scale, shift, foreseen)
     everyone = sum_over(jnp.sum(valid), axis_name)
     is_trusted = _is_trusted(fast.row_sums, valid, everyone) & _is_trusted(fast.column_sums, valid, everyone)
     is_trusted = all_over(is_trusted & jnp.isfinite(shift), axis_name)
@@ -271,35 +320,78 @@ def _forward(static: _Static, images: Side, texts: Side, scale: Float[Array, ""]
         exact,
     )
     scores = _Scores(scale * row_products(images.embeds, texts.embeds), *sums)
-    return scores, _Residuals((images, texts), scale, shift, is_trusted, scores, products)
+    return scores, _Residuals((images, texts), scale, shift, is_trusted, scores, products, foreseen, ahead)
 
 
-def _backward(static: _Static, residuals: _Residuals, cotangents: _Scores) -> tuple[Side, Side, Float[Array, ""]]:
+def _walk_ahead(
+    walk: Callable[..., Walk],
+    sum_tile: TileFunction,
+    images: Side,
+    texts: Side,
+    scale: Float[Array, ""],
+    shift: Float[Array, ""],
+    foreseen: Foreseen,
+) -> tuple[Walk, _Ahead]:
+    """The sums, and with them the gradient if the slopes are known."""
+    # A rate that is absurd must not overflow; its slope will not be met.
+    slopes = [foreseen.shares * jnp.exp(jnp.minimum(rates + shift, _HEADROOM)) for rates in foreseen.log_rates]
+    rows, columns = (
+        _with(side, _Slopes(slope, None, None)) for side, slope in zip((images, texts), slopes, strict=True)
+    )
+
+    def both(products: Float[Array, "r c"], rows: Side, columns: Side) -> Tile:
+        sums = sum_tile(products, *(side._replace(extra=side.extra[0]) for side in (rows, columns)))
+        return sums._replace(slope=_fast_slope_tile(scale, shift, products, rows, columns).slope)
+
+    def sums_only() -> Walk:
+        fast = walk(sum_tile, images, texts)
+        nothing = (jnp.zeros(side.embeds.shape, scale.dtype) + 0.0 * side.valid[:, None] for side in (images, texts))
+        return Walk(fast.row_sums, fast.column_sums, *nothing)
+
+    fast = jax.lax.cond(foreseen.is_known, lambda: walk(both, rows, columns), sums_only)
+    return fast, _Ahead((slopes[0], slopes[1]), fast.row_gradient, fast.column_gradient)
+
+
+def _backward(static: _Static, residuals: _Residuals, cotangents: _Scores) -> tuple[Side, Side, Float[Array, ""], None]:
     form, axis_name = static
-    (images, texts), scale, shift, is_trusted, scores, products = residuals
+    (images, texts), scale, shift, is_trusted, scores, products, foreseen, ahead = residuals
     walk = functools.partial(walk_pairs, form=form, axis_name=axis_name, products=products)
     of_images, of_texts = (scores.of_images, cotangents.of_images), (scores.of_texts, cotangents.of_texts)
+    slopes = [_fast_slopes(*of, shift) for of in (of_images, of_texts)]
 
-    def fast() -> Walk:
-        tile = functools.partial(_fast_slope_tile, scale, shift)
-        return walk(
-            tile, *(_with(side, _fast_slopes(*of, shift)) for side, of in ((images, of_images), (texts, of_texts)))
-        )
+    def walk_now(one: Float[Array, ""]) -> Walk:
+        def fast() -> Walk:
+            tile = functools.partial(_fast_slope_tile, scale, shift)
+            rows, columns = jax.tree.map(lambda x: one * x, slopes)
+            return walk(tile, _with(images, rows), _with(texts, columns))
 
-    def exact() -> Walk:
-        return walk(functools.partial(_exact_slope_tile, scale), _with(images, of_images), _with(texts, of_texts))
+        def exact() -> Walk:
+            tile = functools.partial(_exact_slope_tile, scale)
+            (image_sums, image_cotangents), (text_sums, text_cotangents) = of_images, of_texts
+            rows, columns = jax.tree.map(lambda x: one * x, (image_cotangents, text_cotangents))
+            return walk(tile, _with(images, (image_sums, rows)), _with(texts, (text_sums, columns)))
 
-    gradients = jax.lax.cond(is_trusted, fast, exact)
+        return jax.lax.cond(is_trusted, fast, exact)
+
+    factor = one = jnp.ones_like(scale)
+    if ahead is None:
+        gradients = walk_now(one)
+    else:
+        met, taken = (jnp.stack(each) for each in ([each.negatives for each in slopes], ahead.slopes))
+        factor, is_met = foreseen_factor(met, taken, axis_name)
+        is_met &= foreseen.is_known & is_trusted
+        factor = jnp.where(is_met, factor, one)
+        gradients = unless(is_met, walk_now, Walk(None, None, ahead.row_gradient, ahead.column_gradient))
     # Of the embeddings times the scale; each own pair's share is added while all is in float32.
     own = cotangents.own[:, None]
-    image_gradient = gradients.row_gradient + own * texts.embeds.astype(scale.dtype)
-    text_gradient = gradients.column_gradient + own * images.embeds.astype(scale.dtype)
+    image_gradient = factor * gradients.row_gradient + own * texts.embeds.astype(scale.dtype)
+    text_gradient = factor * gradients.column_gradient + own * images.embeds.astype(scale.dtype)
 
     def side(given: Side, gradient: Float[Array, "b d"]) -> Side:
         return Side((scale * gradient).astype(given.embeds.dtype), jnp.zeros_like(given.valid), None)
 
     of_scale = jnp.sum(row_products(images.embeds, image_gradient))
-    return side(images, image_gradient), side(texts, text_gradient), of_scale
+    return side(images, image_gradient), side(texts, text_gradient), of_scale, None
 
 
 _blocked_scores.defvjp(_forward, _backward)
@@ -386,14 +478,6 @@ def _largest_tile(scale: Float[Array, ""], products: Float[Array, "r c"], rows: 
         return _Shifts(of(kinds.negative), of(kinds.positive))
 
     return Tile(largest(column_valid, 1), largest(row_valid, 0), None)
-
-
-class _Slopes(NamedTuple):
-    """Factors of exp(s - shift) at negatives and at positives, and what is added at positives, per anchor."""
-
-    negatives: Float[Array, "*b"]
-    positives: Float[Array, "*b"] | None
-    total: Float[Array, "*b"] | None
 
 
 def _fast_slopes(sums: _Sums, cotangents: _Sums, shift: Float[Array, ""]) -> _Slopes:

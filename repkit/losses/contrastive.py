@@ -1,14 +1,19 @@
-"""Contrastive losses over the pairs of a batch."""
+"""Contrastive losses over the pairs of a batch: softmax (InfoNCE), sigmoid, decoupled and global."""
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from repkit.checks import require_arrays, require_choice
+from repkit.losses._memory import LogPartitionMemory, bounded_exp, describe, look_up, remember, require_ids_and_rate
 from repkit.losses._pairs import embeddings
-from repkit.losses._partitions import pair_partitions, softmax_cross_entropy
+from repkit.losses._partitions import Partition, mean_positive, pair_partitions, softmax_cross_entropy
+from repkit.losses._sigmoid import sigmoid_sums
 from repkit.losses.form import Blocks, Form, require_form
-from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, row_count, row_mask
 
 Direction: TypeAlias = Literal["symmetric", "image_to_text", "text_to_image"]
 
@@ -80,14 +85,279 @@ def info_nce(
     require_choice("direction", direction, get_args(Direction))
     require_form("info_nce", form)
     images, texts = embeddings(image_embeds, text_embeds, where=where)
-    of_images, of_texts = pair_partitions(
+    partitions = pair_partitions(
         images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
     )
+    losses = _in_direction(direction, softmax_cross_entropy, partitions)
+    return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+
+
+def sigmoid_contrastive(
+    image_embeds: Float[Array, "b d"],
+    text_embeds: Float[Array, "b d"],
+    *,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+    labels: Int[Array, " b"] | None = None,
+    form: Form = Blocks(),
+    where: Bool[Array, " b"] | None = None,
+    weights: Float[Array, " b"] | None = None,
+    axis_name: AxisName | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Array, ""] | Float[Array, " b"]:
+    """Binary cross-entropy of every pair on its own: does this text belong to this image (SigLIP's loss)?
+
+    With `s_ij = logit_scale <image_i, text_j> + logit_bias`, z_ij = 1 where the labels are equal (without labels: for
+    i = j) and -1 elsewhere, and j over all rows that `where` allows:
+
+        l_i = sum_j log(1 + exp(-z_ij s_ij))
+
+    There is no softmax, so that no pair's gradient depends on the other pairs.
+
+    Args:
+        image_embeds: [b d], normally of unit length; used as given.
+        text_embeds: [b d], row i belongs to row i of the images.
+        logit_scale: scalar that multiplies the inner products; may be learned. The paper starts at 10.
+        logit_bias: scalar that is added; may be learned. The paper starts at -10, because most pairs are negative.
+        labels: [b]; rows with equal labels are positives of one another, such as equal captions.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
+        where: [b]; False removes the row as anchor and as candidate.
+        weights: [b], >= 0; the share of image i in the mean. A row of weight 0 is still a candidate.
+        axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
+        reduction: "mean", "sum" or "none" for [b]; see `repkit.numerics.reduce_loss`.
+
+    Returns:
+        The loss in nats per image, at least float32; 0 with zero gradient for rows that are masked.
+
+    Raises:
+        InputError: shapes that do not fit together, or an unknown form or reduction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> embeds = jnp.eye(4)
+        >>> loss = sigmoid_contrastive(embeds, embeds, logit_scale=10.0, logit_bias=-5.0)
+        >>> print(f"{loss:.4f}")  # log(1 + exp(-5)) for the pair and for each of the 3 others
+        0.0269
+
+    References:
+        Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, eq. 1. The labels are ours.
+    """
+    require_arrays(
+        "sigmoid_contrastive",
+        {
+            "image_embeds": (image_embeds, "float b d"),
+            "text_embeds": (text_embeds, "float b d"),
+            "logit_scale": (logit_scale, "number"),
+            "logit_bias": (logit_bias, "number"),
+            "labels": (labels, "int b"),
+            "where": (where, "bool b"),
+            "weights": (weights, "float b"),
+        },
+    )
+    require_form("sigmoid_contrastive", form)
+    images, texts = embeddings(image_embeds, text_embeds, where=where)
+    losses = sigmoid_sums(
+        images,
+        texts,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        labels=labels,
+        where=where,
+        weights=weights,
+        form=form,
+        axis_name=axis_name,
+    )
+    return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+
+
+def decoupled_contrastive(
+    image_embeds: Float[Array, "b d"],
+    text_embeds: Float[Array, "b d"],
+    *,
+    logit_scale: Scalar,
+    labels: Int[Array, " b"] | None = None,
+    direction: Direction = "symmetric",
+    form: Form = Blocks(),
+    where: Bool[Array, " b"] | None = None,
+    weights: Float[Array, " b"] | None = None,
+    axis_name: AxisName | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Array, ""] | Float[Array, " b"]:
+    """InfoNCE without the positives in the denominator (DCL): well separated pairs keep pushing.
+
+    With `s_ij = logit_scale <image_i, text_j>`, P_i the rows with the label of row i (without labels: i alone) and N_i
+    all others that `where` allows:
+
+        image_to_text_i = - 1/|P_i| sum_{p in P_i} s_ip + log sum_{j in N_i} exp(s_ij)
+
+    text_to_image is the same on the transposed matrix, symmetric the mean of both. The loss has no lower bound at 0.
+
+    Args:
+        image_embeds: [b d], normally of unit length; used as given.
+        text_embeds: [b d], row i belongs to row i of the images.
+        logit_scale: scalar > 0 that multiplies the inner products (1 / temperature); may be learned.
+        labels: [b]; rows with equal labels are positives of one another, such as equal captions.
+        direction: "symmetric", "image_to_text" (images are anchors) or "text_to_image".
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
+        where: [b]; False removes the row as anchor and as candidate.
+        weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate.
+        axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
+        reduction: "mean", "sum" or "none" for [b]; see `repkit.numerics.reduce_loss`.
+
+    Returns:
+        The loss in nats, at least float32; 0 with zero gradient for rows that are masked or have no negative.
+
+    Raises:
+        InputError: shapes that do not fit together, or an unknown direction, form or reduction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> embeds = jnp.eye(4)
+        >>> print(f"{decoupled_contrastive(embeds, embeds, logit_scale=2.0):.4f}")  # log 3 - 2
+        -0.9014
+
+    References:
+        Yeh et al., "Decoupled Contrastive Learning", arXiv 2110.06848, eq. 6. Several positives are our choice.
+    """
+    require_arrays(
+        "decoupled_contrastive",
+        {
+            "image_embeds": (image_embeds, "float b d"),
+            "text_embeds": (text_embeds, "float b d"),
+            "logit_scale": (logit_scale, "number"),
+            "labels": (labels, "int b"),
+            "where": (where, "bool b"),
+            "weights": (weights, "float b"),
+        },
+    )
+    require_choice("direction", direction, get_args(Direction))
+    require_form("decoupled_contrastive", form)
+    images, texts = embeddings(image_embeds, text_embeds, where=where)
+    partitions = pair_partitions(
+        images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+    )
+
+    def contrast(partition: Partition) -> Float[Array, " b"]:
+        return jnp.where(partition.negative_count > 0, partition.negatives - mean_positive(partition), 0.0)
+
+    losses = _in_direction(direction, contrast, partitions)
+    return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+
+
+def global_contrastive(
+    image_embeds: Float[Array, "b d"],
+    text_embeds: Float[Array, "b d"],
+    *,
+    logit_scale: Scalar,
+    memory: LogPartitionMemory,
+    example_id: Int[Array, " b"] | None = None,
+    memory_rate: Scalar | None = None,
+    labels: Int[Array, " b"] | None = None,
+    max_exponent: float = 60.0,
+    memory_axis_name: AxisName | None = None,
+    form: Form = Blocks(),
+    where: Bool[Array, " b"] | None = None,
+    weights: Float[Array, " b"] | None = None,
+    axis_name: AxisName | None = None,
+    reduction: Reduction = "mean",
+) -> tuple[Float[Array, ""] | Float[Array, " b"], LogPartitionMemory]:
+    """The contrast with all negatives of the data set, by a moving average per example (SogCLR).
+
+    With `s_ij = logit_scale <anchor_i, candidate_j>`, s_i+ the mean score of its positives and m_i negatives N_i in the
+    batch, the objective is the mean of log g_i over the data set, and each step's surrogate is linear in g_i of the
+    batch:
+
+        g_i = 1/m_i sum_{j in N_i} exp(s_ij - s_i+)
+        u_i <- (1 - memory_rate) u_i + memory_rate g_i,    on the first visit g_i
+        l_i = g_i / u_i                                    u_i held fixed
+
+    whose gradient is that of log g_i with u_i in the place of the batch's noisy denominator. Both directions, image to
+    text and text to image, are averaged.
+
+    Args:
+        image_embeds: [b d], normally of unit length; used as given.
+        text_embeds: [b d], row i belongs to row i of the images.
+        logit_scale: scalar > 0 that multiplies the inner products (1 / temperature); may be learned.
+        memory: from `init_memory(dataset_size)` or the last call; it holds log u_i.
+        example_id: [b], the row's place in the memory, in [0, n); required. Rows of other ids use g_i of this batch and
+            are not remembered; of equal ids the average is remembered.
+        memory_rate: share in (0, 1] of this batch in the new average; required. The paper's gamma.
+        labels: [b]; rows with equal labels are positives of one another, such as equal captions.
+        max_exponent: g_i / u_i continues linearly in its logarithm beyond exp(max_exponent), which bounds its gradient.
+        memory_axis_name: the axis that the memory's examples are split over, each device holding an equal part of them
+            in the order of the axis; None when every device holds them all, and under `jit`.
+        form: in blocks, with memory of the inputs' size, or "plain"; see `repkit.losses.Blocks`.
+        where: [b]; False removes the row as anchor and as candidate, and leaves its memory as it is.
+        weights: [b], >= 0; the row's share of the mean. A row of weight 0 is still a candidate and remembered.
+        axis_name: the axis of `pmap` or `shard_map` that the rows are split over; None when the arrays are global.
+        reduction: "mean", "sum" or "none" for [b]; see `repkit.numerics.reduce_loss`.
+
+    Returns:
+        The surrogate loss, at least float32, and the new memory. The surrogate's value says nothing: watch
+        `memory.diagnostics["info_nce"]`, the mean of log(1 + (n - 1) g_i) for n examples. A row without any negative in
+        the batch has loss 0.
+
+    Raises:
+        InputError: shapes that do not fit together, an unknown form or reduction, or a missing id or rate.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from repkit.losses import init_memory
+        >>> embeds = jnp.eye(4)
+        >>> loss, memory = global_contrastive(
+        ...     embeds, embeds, logit_scale=2.0, memory=init_memory(100), example_id=jnp.arange(4), memory_rate=0.1
+        ... )
+        >>> print(f"{memory.diagnostics['info_nce']:.4f}")  # log(1 + 99 exp(-2))
+        2.6671
+
+    References:
+        Yuan et al., "Provable Stochastic Optimization for Global Contrastive Learning: Small Batch Does Not Harm
+        Performance", arXiv 2202.12387, algorithm 1. Several positives and the bound are our choice; the memory is
+        updated before it divides, as there.
+    """
+    require_arrays(
+        "global_contrastive",
+        {
+            "image_embeds": (image_embeds, "float b d"),
+            "text_embeds": (text_embeds, "float b d"),
+            "logit_scale": (logit_scale, "number"),
+            "example_id": (example_id, "int b"),
+            "labels": (labels, "int b"),
+            "where": (where, "bool b"),
+            "weights": (weights, "float b"),
+        },
+    )
+    require_form("global_contrastive", form)
+    example_id, memory_rate = require_ids_and_rate("global_contrastive", example_id, memory_rate)
+    images, texts = embeddings(image_embeds, text_embeds, where=where)
+    valid = row_mask(where, images.shape[0])
+    partitions = pair_partitions(
+        images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+    )
+    # From here on the first axis is the direction: images as anchors, texts as anchors.
+    partition = jax.tree.map(lambda *each: jnp.stack(each), *partitions)
+    usable = partition.negative_count[0] > 0
+    contrast = partition.negatives - jnp.log(jnp.maximum(partition.negative_count, 1.0)) - mean_positive(partition)
+    fresh = jnp.where(usable, jax.lax.stop_gradient(contrast), 0.0)
+    found = look_up(memory, example_id, valid, fresh.dtype, axis_name, memory_axis_name)
+    recalled = remember(memory, found, fresh, usable, memory_rate, axis_name)
+    exponents = contrast - recalled.log_values
+    losses = jnp.where(usable, jnp.mean(bounded_exp(exponents, max_exponent), axis=0), 0.0)
+    loss = reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+    size = row_count(memory.visited.shape[0], memory_axis_name)
+    info_nce = jnp.logaddexp(0.0, fresh + jnp.log(jnp.asarray(max(size - 1, 1), fresh.dtype)))
+    diagnostics = describe(recalled, info_nce, exponents > max_exponent, usable, axis_name)
+    return loss, recalled.memory._replace(diagnostics=diagnostics)
+
+
+def _in_direction(
+    direction: Direction, loss: Callable[[Partition], Float[Array, " b"]], partitions: tuple[Partition, Partition]
+) -> Float[Array, " b"]:
+    of_images, of_texts = partitions
     match direction:
         case "symmetric":
-            losses = (softmax_cross_entropy(of_images) + softmax_cross_entropy(of_texts)) / 2
+            return (loss(of_images) + loss(of_texts)) / 2
         case "image_to_text":
-            losses = softmax_cross_entropy(of_images)
+            return loss(of_images)
         case "text_to_image":
-            losses = softmax_cross_entropy(of_texts)
-    return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
+            return loss(of_texts)

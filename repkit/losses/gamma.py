@@ -4,67 +4,31 @@ The logarithm of the softmax's denominator keeps a mini-batch from estimating th
 auxiliary gamma variable per anchor takes its place: given the variable, the loss is a plain sum over negatives.
 """
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from repkit.checks import InputError, require_arrays, require_choice, require_key, require_range
+from repkit.checks import require_arrays, require_choice, require_key, require_range
+from repkit.losses._memory import LogPartitionMemory, bounded_exp, describe, look_up, remember, require_ids_and_rate
 from repkit.losses._pairs import embeddings
-from repkit.losses._partitions import log_positives, mean_positive, pair_partitions
+from repkit.losses._partitions import Foreseen, log_positives, mean_positive, pair_partitions
 from repkit.losses.form import Blocks, Form, require_form
 from repkit.numerics import (
     AxisName,
     Reduction,
     Scalar,
-    WeightedMean,
+    all_over,
     local_rows,
-    log_interpolate,
     reduce_loss,
-    replicated_rows_over,
     row_count,
-    row_indices,
+    row_mask,
     sum_over,
 )
 
 Draw: TypeAlias = Literal["sampled", "expected"]
-
-_DIAGNOSTICS = ("info_nce", "drift", "clipped", "visited")
-
-
-class LogPartitionMemory(NamedTuple):
-    """What is known of every example's log-partition `log S`, per direction; made by `init_memory`.
-
-    Attributes:
-        image_to_text: log S of each image as anchor, over the data set's texts [n].
-        text_to_image: log S of each text as anchor, over the data set's images [n].
-        visited: whether the example was seen; the two others mean nothing where it was not [n].
-        diagnostics: scalars that describe the call which returned this memory:
-            `info_nce`: mean of `-s+ + log S`, with S estimated from this batch for the whole data set: what the
-                conventional loss would show (the surrogate's own value is not a likelihood);
-            `drift`: mean of |log S of this batch - log S of the memory before the call| over the visited rows:
-                staleness plus the noise of the batch estimate;
-            `clipped`: share of the anchors' sums that exceeded exp(`max_exponent`);
-            `visited`: share of the rows that the memory knew before the call.
-    """
-
-    image_to_text: Float[Array, " n"]
-    text_to_image: Float[Array, " n"]
-    visited: Bool[Array, " n"]
-    diagnostics: dict[str, Float[Array, ""]]
-
-
-def init_memory(size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> LogPartitionMemory:
-    """A memory for the examples 0 to size - 1, none of which was visited.
-
-    Example:
-        >>> init_memory(3).visited
-        Array([False, False, False], dtype=bool)
-    """
-    # Each field gets a buffer of its own, so that a training step may donate them all.
-    zero = {name: jnp.zeros((), jnp.float32) for name in _DIAGNOSTICS}
-    return LogPartitionMemory(jnp.zeros(size, dtype), jnp.zeros(size, dtype), jnp.zeros(size, bool), zero)
+RatesFrom: TypeAlias = Literal["updated", "previous"]
 
 
 def sample_rates(
@@ -93,6 +57,9 @@ def sample_rates(
     key = require_key("sample_rates", key, "drawing rates")
     require_range("sample_rates", "shape", shape, above=0)
     log_partition = jax.lax.stop_gradient(log_partition)
+    if isinstance(shape, (int, float)) and shape == 1:
+        # -log of an exponential variable; much cheaper than the general case.
+        return -jax.random.gumbel(key, log_partition.shape, log_partition.dtype) - log_partition
     shape = jax.lax.stop_gradient(jnp.asarray(shape, log_partition.dtype))
     log_gamma = jax.random.loggamma(key, shape, log_partition.shape, log_partition.dtype)
     return log_gamma - jnp.log(shape) - log_partition
@@ -110,6 +77,7 @@ def gamma_contrastive(
     labels: Int[Array, " b"] | None = None,
     draw: Draw = "sampled",
     positive: Draw = "expected",
+    rates_from: RatesFrom = "updated",
     shape: Scalar = 1.0,
     positive_weight: Scalar = 1.0,
     max_exponent: float = 60.0,
@@ -137,13 +105,13 @@ def gamma_contrastive(
 
         log S_i <- log( (1 - memory_rate) S_i + memory_rate S_i of this batch ),   on the first visit S_i of this batch.
 
-    u_i is drawn from the memory *after* this update, our choice between two evils. Before it, u_i would be
-    independent of the batch, as the argument for no bias wants; but an average over few visits is itself biased once
-    inverted, and stale when the encoder moves. Measured as the relative error of the mean gradient of 512 pairs in
-    batches of 5 (rates 0.1, 0.5, 0.9): for a fixed encoder neither order wins (before 0.108, 0.198, 0.320; after
-    0.102, 0.194, 0.281 at logit scale 10; at 5 before is slightly better at rate 0.5, at 14.3 after is better
-    throughout); for a moving one the error after is 10 to 40 % lower. The largest single gradient is 2 to 7 times
-    smaller, because the update guarantees S_i >= memory_rate times the S_i of this batch.
+    u_i is drawn from the memory *after* this update (`rates_from="updated"`), our choice between two evils. Before it
+    (`rates_from="previous"`), u_i would be independent of the batch, as the argument for no bias wants; but an average
+    over few visits is itself biased once inverted, and stale when the encoder moves. Measured as the relative error of
+    the mean gradient of 512 pairs in batches of 5 (rates 0.1, 0.5, 0.9): for a fixed encoder neither order wins (before
+    0.108, 0.198, 0.320; after 0.102, 0.194, 0.281 at logit scale 10; at 5 before is slightly better at rate 0.5, at
+    14.3 after is better throughout); for a moving one the error after is 10 to 40 % lower. The largest single gradient
+    is 2 to 7 times smaller, because the update guarantees S_i >= memory_rate times the S_i of this batch.
 
     Args:
         image_embeds: [b d], normally of unit length; used as given.
@@ -162,6 +130,9 @@ def gamma_contrastive(
         draw: "sampled" draws u_i, "expected" takes its mean 1/S_i (deterministic EM, majorise-minimise).
         positive: r_i, for the positives' own terms. "expected" is 1/S_i, as unbiased and with up to 28 times less noise
             for well separated pairs; "sampled" is u_i, the literal reading.
+        rates_from: "updated" takes S_i from the memory after its update with this batch, "previous" before it, where it
+            knows the example. Without labels "previous" needs one walk over the pairs and not two, once all rows are
+            known: three quarters of the work.
         shape: a > 0 of the gamma distribution; the noise of u_i falls as 1/sqrt(a).
         positive_weight: c >= 0. 1 keeps the positives in S_i as InfoNCE does, 0 drops them (decoupled
             contrastive loss).
@@ -185,6 +156,7 @@ def gamma_contrastive(
         InputError: shapes that do not fit together, an unknown literal, or an argument that these ones require.
 
     Example:
+        >>> from repkit.losses import init_memory
         >>> embeds = jnp.eye(4)
         >>> memory = init_memory(100)
         >>> loss, memory = gamma_contrastive(
@@ -215,6 +187,7 @@ def gamma_contrastive(
     )
     require_choice("draw", draw, get_args(Draw))
     require_choice("positive", positive, get_args(Draw))
+    require_choice("rates_from", rates_from, get_args(RatesFrom))
     require_range("gamma_contrastive", "positive_weight", positive_weight, at_least=0)
     if dataset_size is None and memory is not None:
         dataset_size = row_count(memory.visited.shape[0], memory_axis_name)
@@ -222,13 +195,40 @@ def gamma_contrastive(
         require_range("gamma_contrastive", "dataset_size", dataset_size, at_least=2)
 
     require_form("gamma_contrastive", form)
+    if memory is not None:
+        example_id, memory_rate = require_ids_and_rate("gamma_contrastive", example_id, memory_rate)
     images, texts = embeddings(image_embeds, text_embeds, where=where)
+    rows, dtype = images.shape[0], jnp.promote_types(images.dtype, jnp.float32)
+    valid = row_mask(where, rows)
+    # In what follows the first of two axes is the direction: images as anchors, texts as anchors.
+    log_noise = jnp.zeros((2, rows), dtype)
+    if draw == "sampled":
+        # Every device draws for all rows and keeps its own, so that the draw does not depend on the number of devices.
+        key = require_key("gamma_contrastive", key, 'draw="sampled"')
+        noise = sample_rates(jnp.zeros((row_count(rows, axis_name), 2), dtype), key=key, shape=shape)
+        log_noise = local_rows(noise, axis_name).T
+    found = foreseen = None
+    if memory is not None:
+        found = look_up(memory, example_id, valid, dtype, axis_name, memory_axis_name)
+    if found is not None and rates_from == "previous":
+        negative_count = sum_over(jnp.sum(valid, dtype=dtype), axis_name) - 1.0
+        log_rates = log_noise - local_rows(found.log_values.T, axis_name).T + _log_ratio(negative_count, dataset_size)
+        foreseen = Foreseen(
+            (log_rates[0], log_rates[1]),
+            jnp.where(valid, 1.0 if weights is None else weights, 0.0).astype(dtype),
+            all_over(jnp.all(local_rows(found.visited, axis_name) | ~valid), axis_name),
+        )
     partitions = pair_partitions(
-        images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
+        images,
+        texts,
+        logit_scale=logit_scale,
+        labels=labels,
+        where=where,
+        form=form,
+        axis_name=axis_name,
+        foreseen=foreseen,
     )
-    # From here on the first axis is the direction: images as anchors, texts as anchors.
     partition = jax.tree.map(lambda *each: jnp.stack(each), *partitions)
-    rows, dtype = images.shape[0], partition.own.dtype
     # A row without a negative says nothing about its partition, and is left out.
     usable = partition.negative_count[0] > 0
     positive_mean = mean_positive(partition)
@@ -236,34 +236,25 @@ def gamma_contrastive(
     log_positive = log_positives(partition) + log_weight
     log_negative = partition.negatives + _log_ratio(partition.negative_count, dataset_size)
 
-    fresh = jnp.where(usable, jax.lax.stop_gradient(jnp.logaddexp(log_positive, log_negative)), 0.0)
+    log_partition = fresh = jnp.where(usable, jax.lax.stop_gradient(jnp.logaddexp(log_positive, log_negative)), 0.0)
     recalled = None
-    if memory is not None:
-        recalled = _recall(memory, example_id, usable, fresh, memory_rate, axis_name, memory_axis_name)
-    log_mean = log_rate = -(fresh if recalled is None else recalled.log_partition)
-    if draw == "sampled":
-        # Every device draws for all rows and keeps its own, so that the draw does not depend on the number of devices.
-        key = require_key("gamma_contrastive", key, 'draw="sampled"')
-        noise = sample_rates(jnp.zeros((row_count(rows, axis_name), 2), dtype), key=key, shape=shape)
-        log_rate = log_mean + local_rows(noise, axis_name).T
+    if found is not None:
+        recalled = remember(memory, found, fresh, usable, memory_rate, axis_name)
+        log_partition = recalled.log_values
+        if rates_from == "previous":
+            stored = local_rows(found.log_values.T, axis_name).T
+            log_partition = jnp.where(recalled.visited, stored, log_partition)
+    log_rate = log_noise - log_partition
+    log_positive_rate = log_rate if positive == "sampled" else -log_partition
 
-    exponents = jnp.stack([log_positive + (log_rate if positive == "sampled" else log_mean), log_negative + log_rate])
-    terms = jnp.sum(_bounded_exp(exponents, max_exponent), axis=0)
+    exponents = jnp.stack([log_positive + log_positive_rate, log_negative + log_rate])
+    terms = jnp.sum(bounded_exp(exponents, max_exponent), axis=0)
     losses = jnp.where(usable, jnp.mean(terms - positive_mean, axis=0), 0.0)
     loss = reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
     if recalled is None:
         return loss, None
 
-    def mean_over_rows(values: Array, where: Array) -> Array:
-        mean = WeightedMean.of(values, where).sum_over(axis_name).value()
-        return jax.lax.stop_gradient(mean).astype(jnp.float32)
-
-    diagnostics = {
-        "info_nce": mean_over_rows(jnp.mean(fresh - positive_mean, axis=0), usable),
-        "drift": mean_over_rows(recalled.drift, recalled.visited),
-        "clipped": mean_over_rows(jnp.mean(exponents > max_exponent, axis=(0, 1), dtype=dtype), usable),
-        "visited": mean_over_rows(recalled.visited, usable),
-    }
+    diagnostics = describe(recalled, fresh - positive_mean, exponents > max_exponent, usable, axis_name)
     return loss, recalled.memory._replace(diagnostics=diagnostics)
 
 
@@ -272,74 +263,3 @@ def _log_ratio(negative_count: Float[Array, "2 b"], dataset_size: int | None) ->
     if dataset_size is None:
         return jnp.zeros_like(negative_count)
     return jnp.log(dataset_size - 1.0) - jnp.log(jnp.maximum(negative_count, 1.0))
-
-
-class _Recalled(NamedTuple):
-    """This device's rows of an updated memory, and the memory."""
-
-    log_partition: Float[Array, "2 b"]
-    drift: Float[Array, " b"]
-    visited: Bool[Array, " b"]
-    memory: LogPartitionMemory
-
-
-def _recall(
-    memory: LogPartitionMemory,
-    example_id: Int[Array, " b"] | None,
-    usable: Bool[Array, " b"],
-    fresh: Float[Array, "2 b"],
-    memory_rate: Scalar | None,
-    axis_name: AxisName | None,
-    memory_axis_name: AxisName | None,
-) -> _Recalled:
-    if example_id is None or memory_rate is None:
-        missing = "example_id" if example_id is None else "memory_rate"
-        raise InputError(f"gamma_contrastive: a memory needs {missing}; pass it, or memory=None to do without")
-    require_range("gamma_contrastive", "memory_rate", memory_rate, above=0, at_most=1)
-    memory = jax.lax.stop_gradient(memory)
-    local_size = memory.visited.shape[0]
-    size = row_count(local_size, memory_axis_name)
-    # All devices do the same update with all rows, each of its own part of the memory.
-    ids = replicated_rows_over(jnp.where(usable, example_id, -1), axis_name)
-    estimates = replicated_rows_over(fresh.T, axis_name).T
-    known = (ids >= 0) & (ids < size)
-    averages = _average_of_copies(estimates, jnp.where(known, ids, size + jnp.arange(len(ids))))
-
-    slots = ids - row_indices(local_size, memory_axis_name)[0]
-    is_here = known & (slots >= 0) & (slots < local_size)
-    slots = jnp.where(is_here, slots, 0)
-    visited = sum_over((is_here & memory.visited[slots]).astype(jnp.int32), memory_axis_name) > 0
-    stored = jnp.stack([memory.image_to_text[slots], memory.text_to_image[slots]]).astype(fresh.dtype)
-    old = sum_over(jnp.where(is_here, stored, 0.0), memory_axis_name)
-    new = jnp.where(visited, log_interpolate(old, averages, memory_rate), averages)
-    targets = jnp.where(is_here, slots, local_size)
-    image_to_text, text_to_image = new.astype(memory.image_to_text.dtype)
-    updated = memory._replace(
-        image_to_text=memory.image_to_text.at[targets].set(image_to_text, mode="drop"),
-        text_to_image=memory.text_to_image.at[targets].set(text_to_image, mode="drop"),
-        visited=memory.visited.at[targets].set(True, mode="drop"),
-    )
-    drift = jnp.where(visited, jnp.mean(jnp.abs(averages - old), axis=0), 0.0)
-    log_partition = jnp.where(known, new, estimates)
-    mine = [local_rows(rows, axis_name) for rows in (log_partition.T, drift, visited)]
-    return _Recalled(mine[0].T, mine[1], mine[2], updated)
-
-
-def _average_of_copies(log_values: Float[Array, "2 B"], ids: Int[Array, " B"]) -> Float[Array, "2 B"]:
-    """log of the mean of the values of equal ids: an example met twice is remembered once, whatever the order."""
-    order = jnp.argsort(ids)
-    is_first = jnp.diff(ids[order], prepend=ids[order][:1] - 1) != 0
-    group = jnp.zeros_like(ids).at[order].set(jnp.cumsum(is_first) - 1)
-
-    def average(values: Float[Array, " B"]) -> Float[Array, " B"]:
-        largest = jax.ops.segment_max(values, group, num_segments=len(ids))
-        total = jax.ops.segment_sum(jnp.exp(values - largest[group]), group, num_segments=len(ids))
-        count = jax.ops.segment_sum(jnp.ones_like(values), group, num_segments=len(ids))
-        return jnp.log(total[group] / count[group]) + largest[group]
-
-    return jax.vmap(average)(log_values)
-
-
-def _bounded_exp(x: Float[Array, "*shape"], bound: float) -> Float[Array, "*shape"]:
-    """exp(x), continued beyond the bound by its tangent."""
-    return jnp.exp(jnp.minimum(x, bound)) * (1.0 + jnp.maximum(x - bound, 0.0))

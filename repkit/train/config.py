@@ -10,7 +10,7 @@ import optax
 from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective
-from repkit.train.mesh import Rules, batch_devices, make_mesh
+from repkit.train.mesh import Rules, batch_axes, batch_devices, make_mesh
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import PMAP_AXIS, Batch, Forward, Placement, Update, jit_placement, make_update, pmap_placement
 
@@ -130,7 +130,10 @@ def make_placement(
     """
     if config.placement == "pmap":
         return pmap_placement(*_functions(config, init, forward, objective, axis_name=PMAP_AXIS))
-    return jit_placement(*_functions(config, init, forward, objective), make_mesh(config.mesh), rules=rules)
+    mesh = make_mesh(config.mesh)
+    if batch_devices(mesh) > 1:
+        objective = objective.over_mesh(mesh, batch_axes(mesh))
+    return jit_placement(*_functions(config, init, forward, objective), mesh, rules=rules)
 
 
 def check_step(

@@ -49,21 +49,27 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | No
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of the mesh over which the rows of a batch are split."""
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def batch_devices(mesh: Mesh) -> int:
     """The number of parts into which a batch is split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape)
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     """A sharding for every leaf of a training state.
 
     A rule matches where its expression is found anywhere in the leaf's path, so one rule on a parameter's path also
-    places the optimizer's moments and the moving average of that parameter. Leaves without a match are replicated.
+    places the optimizer's moments and the moving average of that parameter. Leaves without a match are replicated, but
+    for the losses' memories: their examples are split over the batch axes where they divide evenly.
 
     Args:
         abstract_state: pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -85,7 +91,8 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
                 unused.discard(pattern)
                 _check_fits(name, leaf.shape, spec, mesh)
                 return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())
+        is_split = name.startswith("memories/") and leaf.shape and leaf.shape[0] % batch_devices(mesh) == 0
+        return batch_sharding(mesh) if is_split else NamedSharding(mesh, PartitionSpec())
 
     shardings = jax.tree_util.tree_map_with_path(sharding, abstract_state)
     if unused:

@@ -209,6 +209,67 @@ CASES = {
         scalars={"logit_scale": 3.0},
         options=lambda: {"direction": "text_to_image"},
     ),
+    "info_nce, in odd blocks": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": losses.Blocks(5, exchange="gather")},
+        mistakes=(
+            ({"form": "blocks"}, "expected form to be losses.Blocks(...) or 'plain', got 'blocks'"),
+            ({"form": losses.Blocks(0)}, "expected form.size >= 1"),
+            ({"form": losses.Blocks(exchange="rng")}, "did you mean 'ring'"),
+        ),
+    ),
+    "info_nce, large scores": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 300.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": losses.Blocks(5)},
+    ),
+    "info_nce, plain": Case(
+        losses.info_nce,
+        PAIR,
+        lambda now, held: reference.info_nce(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": "plain"},
+    ),
+    "decoupled_contrastive": Case(
+        losses.decoupled_contrastive,
+        PAIR,
+        lambda now, held: reference.decoupled_contrastive(**now),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS},
+        mistakes=(({"direction": "text_to_img"}, "did you mean 'text_to_image'"),),
+    ),
+    "sigmoid_contrastive": Case(
+        losses.sigmoid_contrastive,
+        PAIR,
+        lambda now, held: reference.sigmoid_contrastive(**now),
+        scalars={"logit_scale": 3.0, "logit_bias": -2.0},
+        rows={"labels": LABELS},
+        options=lambda: {"form": losses.Blocks(5)},
+    ),
+    "sigmoid_contrastive, plain": Case(
+        losses.sigmoid_contrastive,
+        PAIR,
+        lambda now, held: reference.sigmoid_contrastive(**now),
+        scalars={"logit_scale": 3.0, "logit_bias": -2.0},
+        options=lambda: {"form": "plain"},
+    ),
+    "global_contrastive": Case(
+        losses.global_contrastive,
+        PAIR,
+        lambda now, held: reference.global_contrastive(**now, memory=MEMORY_REFERENCE, memory_rate=0.3, held=held),
+        scalars={"logit_scale": 3.0},
+        rows={"labels": LABELS, "example_id": EXAMPLE_IDS},
+        options=lambda: {"memory": memory(), "memory_rate": 0.3},
+        mistakes=(({"memory_rate": None}, "a memory needs memory_rate"),),
+    ),
     "gamma_contrastive": Case(
         losses.gamma_contrastive,
         PAIR,
@@ -249,6 +310,29 @@ CASES = {
         scalars={"logit_scale": 3.0},
         rows={"example_id": EXAMPLE_IDS},
         options=lambda: {"memory": memory(), "memory_rate": 1.0, "draw": "expected", "positive_weight": 0.0},
+    ),
+    "gamma_contrastive, previous rates": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(memory=MEMORY_REFERENCE, memory_rate=0.3, rates_from="previous"),
+        scalars={"logit_scale": 3.0},
+        rows={"example_id": EXAMPLE_IDS},
+        options=lambda: {
+            "memory": memory(),
+            "memory_rate": 0.3,
+            "rates_from": "previous",
+            "form": losses.Blocks(5),
+            "key": make_key(),
+        },
+        mistakes=(({"rates_from": "update"}, "did you mean 'updated'"),),
+    ),
+    "gamma_contrastive, previous rates of known examples": Case(
+        losses.gamma_contrastive,
+        PAIR,
+        gamma_reference(memory=MEMORY_REFERENCE, memory_rate=0.3, rates_from="previous", draw="expected"),
+        scalars={"logit_scale": 3.0},
+        rows={"example_id": np.flatnonzero(MEMORY_VISITED)[:B].astype(np.int32)},
+        options=lambda: {"memory": memory(), "memory_rate": 0.3, "rates_from": "previous", "draw": "expected"},
     ),
     "feature_separation": Case(
         losses.feature_separation,
@@ -382,6 +466,9 @@ CASES = {
 # the loss can.
 LOSSES = {case.loss.__name__: case for case in reversed(CASES.values())}
 
+# Cases whose placements over devices differ from the first case's of their loss.
+PLACED = [name for name, case in CASES.items() if "form" in case.options() or case is LOSSES[case.loss.__name__]]
+
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
 
@@ -500,7 +587,8 @@ def test_docstring_describes_every_argument(name):
 def test_annotations_hold_and_no_dtype_or_rank_is_promoted(name):
     case = CASES[name]
     checked = dataclasses.replace(case, loss=jaxtyped(typechecker=beartype.beartype)(case.loss))
-    inputs, rows = cast(make_inputs(case), jnp.float32), cast(dict(case.rows), jnp.int32)
+    inputs = cast(make_inputs(case), jnp.float32)
+    rows = {each: cast(x, bool if x.dtype == bool else jnp.int32) for each, x in case.rows.items()}
     where, weights = jnp.asarray(make_mask()), jnp.asarray(make_weights(), jnp.float32)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for reduction in ("mean", "sum", "none"):
@@ -518,19 +606,19 @@ def test_annotations_hold_and_no_dtype_or_rank_is_promoted(name):
 def test_shapes_that_do_not_fit_are_refused_by_name(name):
     case = LOSSES[name]
     inputs = cast(make_inputs(case), jnp.float32)
-    second = list(case.arrays)[1]
+    first, second = list(case.arrays)[:2]
     x = inputs[second]
     for wrong, message in (
-        (x[..., :-1], f"expected d = {D}, as in image_embeds, got d = {D - 1} in {second}"),
-        (x[:-1], f"expected b = {B}, as in image_embeds, got b = {B - 1} in {second}"),
+        (x[..., :-1], rf"expected \w+ = {D}, as in {first}, got \w+ = {D - 1} in {second}"),
+        (x[:-1], f"expected b = {B}, as in {first}, got b = {B - 1} in {second}"),
         (x[0], f"expected {second} to have {x.ndim} axes"),
         (x.astype(jnp.int32), f"expected {second} to hold float values"),
         (x.tolist(), f"expected {second} to be an array, got list"),
     ):
-        with pytest.raises(InputError, match=f"^{name}: ") as caught:
+        with pytest.raises(InputError, match=f"^{name}: .*{message}") as caught:
             call(case, inputs | {second: wrong})
-        assert message in str(caught.value)
-        assert f"image_embeds: float32[{B}, {D}]" in str(caught.value), "the message shows all arguments"
+        shape = ", ".join(map(str, inputs[first].shape))
+        assert f"{first}: float32[{shape}]" in str(caught.value), "the message shows all arguments"
     for option, wrong, message in (
         ("where", jnp.ones(B), "expected where to hold bool values"),
         ("weights", jnp.ones(B + 1), f"got b = {B + 1} in weights"),
@@ -726,16 +814,26 @@ def _placements(case: Case) -> dict[str, Callable[..., Any]]:
         return gradient, memory
 
     def shard_map(inputs, rows, where, weights):
-        """Differentiated outside of shard_map, with its default checks."""
-        specs = {name: P(AXIS) if name in case.arrays else P() for name in inputs}
+        """Differentiated outside of shard_map, with its default checks, over two axes of a mesh."""
+        axes = ("data", "fsdp")
+        grid = jax.make_mesh((jax.device_count() // 2, 2), axes, axis_types=(AxisType.Auto,) * 2)
+        specs = {name: P(axes) if name in case.arrays else P() for name in inputs}
 
         def mean(inputs, rows, where, weights):
-            return call(case, inputs, rows, where=where, weights=weights, axis_name=AXIS)
+            return call(case, inputs, rows, where=where, weights=weights, axis_name=axes)
 
-        mapped = jax.shard_map(mean, mesh=mesh, in_specs=(specs, P(AXIS), P(AXIS), P(AXIS)), out_specs=(P(), P()))
+        mapped = jax.shard_map(mean, mesh=grid, in_specs=(specs, P(axes), P(axes), P(axes)), out_specs=(P(), P()))
         return jit(jax.grad(mapped, has_aux=True))(inputs, rows, where, weights)
 
-    return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map}
+    def over_mesh(inputs, rows, where, weights):
+        split = dataclasses.replace(case, loss=losses.over_mesh(case.loss, mesh, AXIS))
+
+        def mean(inputs):
+            return call(split, inputs, rows, where=where, weights=weights)
+
+        return jit(jax.grad(mean, has_aux=True))(inputs)
+
+    return {"jit with sharded inputs": sharded_jit, "shard_map": shard_map, "over_mesh": over_mesh}
 
 
 def _pmap_gradients(case: Case, inputs: Any, rows: Any, where: Any, weights: Any) -> dict[str, Any]:
@@ -785,11 +883,11 @@ def _assert_same(got: Any, wanted: Any, placement: str, rtol: float) -> None:
     jax.tree.map_with_path(compare, got, wanted)
 
 
-@every_loss
+@pytest.mark.parametrize("name", PLACED)
 @pytest.mark.usefixtures("float64")
 def test_gradient_and_memory_are_the_same_on_eight_devices(name):
     assert jax.device_count() == 8
-    case, where, weights = LOSSES[name], make_mask(), make_weights()
+    case, where, weights = CASES[name], make_mask(), make_weights()
     inputs, rows = make_inputs(case), dict(case.rows)
     (_, memory), gradient = jax.device_get(compiled(_case_name(case))(inputs, rows, where, weights))
     for placement, evaluate in _placements(case).items():

@@ -34,6 +34,67 @@ def info_nce(image_embeds, text_embeds, *, logit_scale, labels=None, direction="
     }[direction]
 
 
+def decoupled_contrastive(image_embeds, text_embeds, *, logit_scale, labels=None, where=None, weights=None):
+    b = len(image_embeds)
+    rows = _rows(where, b)
+    losses = np.zeros(b)
+    for anchors, candidates in ((image_embeds, text_embeds), (text_embeds, image_embeds)):
+        for i, (mean, _, negatives) in gamma_sums(anchors, candidates, logit_scale, rows, labels, None, 1.0).items():
+            losses[i] += (np.log(negatives) - mean) / 2
+    return losses
+
+
+def sigmoid_contrastive(image_embeds, text_embeds, *, logit_scale, logit_bias, labels=None, where=None, weights=None):
+    b = len(image_embeds)
+    rows = _rows(where, b)
+    losses = np.zeros(b)
+    for i in rows:
+        for j in rows:
+            score = logit_scale * float(np.dot(image_embeds[i], text_embeds[j])) + logit_bias
+            is_positive = i == j if labels is None else labels[i] == labels[j]
+            losses[i] += np.log1p(np.exp(-score if is_positive else score))
+    return losses
+
+
+def global_contrastive(
+    image_embeds,
+    text_embeds,
+    *,
+    logit_scale,
+    memory,
+    example_id,
+    memory_rate,
+    labels=None,
+    held,
+    where=None,
+    weights=None,
+):
+    """`held` as in `gamma_contrastive`."""
+    b = len(image_embeds)
+    rows = _rows(where, b)
+    losses = np.zeros(b)
+
+    def contrasts(pair, scale, side):
+        pair = list(pair)[:: -1 if side else 1]
+        sums = gamma_sums(*pair, scale, rows, labels, None, 1.0)
+        return {
+            i: negatives / sum(j in rows and not _same(i, j, labels) for j in range(b)) / np.exp(mean)
+            for i, (mean, _, negatives) in sums.items()
+        }
+
+    for side in range(2):
+        now = contrasts((image_embeds, text_embeds), logit_scale, side)
+        then = contrasts((held["image_embeds"], held["text_embeds"]), held["logit_scale"], side)
+        average = gamma_memory(memory, side, then, example_id, memory_rate)[0]
+        for i in now:
+            losses[i] += now[i] / average[i] / 2
+    return losses
+
+
+def _same(i, j, labels):
+    return i == j or (labels is not None and labels[i] == labels[j])
+
+
 def gamma_sums(anchors, candidates, scale, rows, labels, dataset_size, positive_weight):
     """Of each row that has negatives: the mean positive score, the positives' sum, the negatives' sum scaled by M/m."""
     sums = {}
@@ -64,6 +125,7 @@ def gamma_contrastive(
     labels=None,
     draw="sampled",
     positive="expected",
+    rates_from="updated",
     positive_weight=1.0,
     noise=None,
     held=None,
@@ -92,7 +154,13 @@ def gamma_contrastive(
         then = gamma_sums(*held_pair, held["logit_scale"], *options)
         partition = {i: sums[1] + sums[2] for i, sums in then.items()}
         if memory is not None:
-            partition = gamma_memory(memory, side, partition, example_id, memory_rate)[0]
+            updated = gamma_memory(memory, side, partition, example_id, memory_rate)[0]
+            if rates_from == "previous":
+                for i in updated:
+                    example = int(example_id[i])
+                    if 0 <= example < len(memory["visited"]) and memory["visited"][example]:
+                        updated[i] = np.exp(memory[("image_to_text", "text_to_image")[side]][example])
+            partition = updated
         for i, (mean, positive_sum, negative_sum) in now.items():
             u = 1 / partition[i] if draw == "expected" else noise[side][i] / partition[i]
             r = u if positive == "sampled" else 1 / partition[i]
