@@ -318,11 +318,11 @@ class _AttentionBlocks(NamedTuple):
 
     def rows(self, start: Start, size: int) -> Float[Array, "*g h n"]:
         """Cells of `size` query rows, 0 where they do not count."""
+        logits = _contract("...qd,...kd->...qk", self._queries(start, size), self.key)
         counts = _counting_cells(self.masks, start, size)
         if self.causal:
-            earlier = (start + jnp.arange(size))[:, None] >= jnp.arange(self.key.shape[-2])
-            counts = earlier if counts is None else counts & earlier
-        logits = _contract("...qd,...kd->...qk", self._queries(start, size), self.key)
+            query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - side) for side in (2, 1))
+            counts = start + query >= key if counts is None else counts & (start + query >= key)
         maps = jax.nn.softmax(logits, axis=-1) if counts is None else masked_softmax(logits, counts)
         return maps.reshape(*maps.shape[:-2], -1)
 
@@ -467,7 +467,8 @@ def _alignment(kind: Kind, blocks: _Blocks, temperature: Float[Array, "*g"]) -> 
     weights = head_weights(cosines, teacher_squares, student_squares, temperature)
     student_scale, teacher_scale = map(inverse, sums) if kind == "kl" else (student_unit, teacher_unit)
     teacher_scale = jnp.where(jnp.any(weights > 0, axis=-1), teacher_scale, 0.0)
-    mixing = weights * student_scale[..., None, :] * inverse(teacher_scale)[..., :, None]
+    teacher_norm = 1.0 / jnp.where(teacher_scale > 0, teacher_scale, 1.0)
+    mixing = weights * student_scale[..., None, :] * teacher_norm[..., :, None]
     return _Alignment(
         products,
         student_products,
@@ -560,7 +561,8 @@ def _head_losses(kind: Kind, alignment: _Alignment, compared: _Compared) -> Floa
 def _floor(alignment: _Alignment) -> Float[Array, "*g ht 1"]:
     """The smallest share of a map's mass that counts, in the units of the teacher's maps."""
     scale = alignment.teacher_scale
-    return (SMALLEST_SHARE / jnp.where(scale > 0, scale, 1.0))[..., :, None]
+    floor = SMALLEST_SHARE / jnp.where(scale > 0, scale, 1.0)
+    return jnp.maximum(floor, jnp.finfo(scale.dtype).tiny)[..., :, None]
 
 
 def _cells_gradient(

@@ -11,6 +11,8 @@ AlignmentGradient: TypeAlias = Literal["through", "stopped"]
 
 SMALLEST_SHARE = 1e-30
 """Below this share of a map's mass a student's cell counts as this large in a logarithm, and gets no gradient."""
+_SMALLEST_LENGTH = 1e-6
+"""A shorter map is empty: so little is left of it that its direction, and the gradient, would be meaningless."""
 
 
 def counting_cells(
@@ -30,14 +32,21 @@ def masked_softmax(logits: Float[Array, "*shape n"], allowed: Bool[Array, "*#sha
     return jnp.where(allowed, jax.nn.softmax(logits, axis=-1), 0.0)
 
 
+def has_cells(squares: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Whether a map is not empty, from the sum of its squares."""
+    return squares > _SMALLEST_LENGTH**2
+
+
 def inverse(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`1 / x`; 0 with zero gradient where x is 0."""
-    return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
+    """`1 / x` of a map's sum; 0 with zero gradient for an empty map, which has no larger sum than this."""
+    is_present = x > _SMALLEST_LENGTH
+    return jnp.where(is_present, 1.0 / jnp.where(is_present, x, 1.0), 0.0)
 
 
 def inverse_root(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`1 / sqrt(x)`; 0 with zero gradient where x is 0."""
-    return jnp.where(x > 0, jax.lax.rsqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+    """`1 / sqrt(x)` of the sum of a map's squares; 0 with zero gradient for an empty map."""
+    is_present = has_cells(x)
+    return jnp.where(is_present, jax.lax.rsqrt(jnp.where(is_present, x, 1.0)), 0.0)
 
 
 def unit_maps(maps: Float[Array, "*shape n"]) -> Float[Array, "*shape n"]:
@@ -61,8 +70,8 @@ def head_weights(
     student_squares: Float[Array, "*shape hs"],
     temperature: Float[Array, "*#shape 1 1"],
 ) -> Float[Array, "*shape ht hs"]:
-    """a_ij, the softmax over student heads of the cosines; empty heads, whose square is 0, take no part."""
-    allowed = (teacher_squares > 0)[..., :, None] & (student_squares > 0)[..., None, :]
+    """a_ij, the softmax over student heads of the cosines; empty heads take no part."""
+    allowed = has_cells(teacher_squares)[..., :, None] & has_cells(student_squares)[..., None, :]
     return masked_softmax(cosines / temperature, allowed)
 
 

@@ -20,6 +20,7 @@ from repkit.losses._attention_plain import (
     attention_maps,
     counting_cells,
     flatten_cells,
+    has_cells,
     head_divergences,
     normalized,
     token_rows,
@@ -72,8 +73,8 @@ def attention_map_alignment(
         "projected_kl"  "kl" with relu(W s_j + b) in the place of s_j
         "token_kl"      the sum over query rows of "kl" on the row's k cells, with weights a of its own
 
-    The mean over examples is taken; for several layers take the mean of their losses. An empty head, of which no cell
-    counts or all are 0, is left out, and an example without heads has loss 0 and a zero gradient.
+    The mean over examples is taken; for several layers take the mean of their losses. An empty head, whose cells that
+    count have a Euclidean length under 1e-6, is left out, and an example without heads has loss 0 and a zero gradient.
 
     Args:
         student_maps: attention maps, after the softmax [b hs q k]; cells >= 0 and at most about 1, of any float dtype.
@@ -274,9 +275,7 @@ def _aligned(
     else:
         queries, keys = student.maps.shape[-2:]
         student, teacher = (jax.tree.map(flatten_cells, source) for source in (student, teacher))
-    return blockwise_alignment(
-        settings, student, teacher, masks, jnp.asarray(temperature, jnp.float32), queries=queries, keys=keys
-    )
+    return blockwise_alignment(settings, student, teacher, masks, jnp.asarray(temperature), queries=queries, keys=keys)
 
 
 def _plainly_aligned(
@@ -299,15 +298,16 @@ def _plainly_aligned(
                 )
                 return attention_maps(query, key, allowed)
 
-    pair = same_precision(maps(student), maps(teacher), where=None)
-    kind, by_row = ("kl", True) if settings.kind == "token_kl" else (settings.kind, False)
+    kind, heads = ("kl", token_rows) if settings.kind == "token_kl" else (settings.kind, flatten_cells)
+    student_heads, teacher_heads = map(heads, same_precision(maps(student), maps(teacher), where=None))
     losses = aligned_divergence(
-        *(token_rows(each) if by_row else flatten_cells(each) for each in pair),
+        student_heads,
+        teacher_heads,
         kind=kind,
-        temperature=jnp.asarray(temperature, pair[0].dtype).reshape(1, 1),
+        temperature=jnp.asarray(temperature, student_heads.dtype).reshape((1,) * student_heads.ndim),
         alignment_gradient=settings.alignment_gradient,
     )
-    return jnp.sum(losses, axis=-1) if by_row else losses
+    return losses if losses.ndim == 1 else jnp.sum(losses, axis=-1)
 
 
 def _projected(
@@ -327,7 +327,9 @@ def _projected(
     counting = counting_cells(_masks(maps.shape[0], maps.shape[2], query_where, None, where).query, key_where)
     flat = flatten_cells(maps if counting is None else jnp.where(counting, maps, 0.0))
     flat, weight, bias = same_precision(flat, weight, bias, where=None)
-    return jax.nn.relu(jnp.matmul(flat, weight.T, precision=jax.lax.Precision.HIGHEST) + bias).reshape(maps.shape)
+    return jax.nn.relu(jnp.matmul(flat, weight.T, precision=jax.lax.Precision.HIGHEST) + bias[None, None]).reshape(
+        maps.shape
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,7 +564,7 @@ def _matched_losses(
     student: Float[Array, "b h n"], teacher: Float[Array, "b h n"], variant: Divergence
 ) -> Float[Array, " b"]:
     """The divergences of heads of the same number, summed over heads; 0 where the student's is empty."""
-    has_student = jnp.any(student > 0, axis=-1, keepdims=True)
+    has_student = has_cells(jnp.sum(jnp.square(student), axis=-1, keepdims=True))
     teacher = jnp.where(has_student, normalized(teacher, variant), 0.0)
     return jnp.sum(head_divergences(normalized(student, variant), teacher, variant), axis=-1)
 

@@ -114,6 +114,11 @@ KEY_WHERE = np.random.default_rng(9).random((B, D)) < 0.8
 KEY_WHERE[4] = False
 
 
+def as_maps(x: np.ndarray) -> np.ndarray:
+    """Positive cells, far enough from 0 for a finite difference of their logarithms."""
+    return np.abs(x) + 0.1
+
+
 def map_projection() -> losses.MapProjection:
     rng, cells = np.random.default_rng(10), 3 * D
     weight, bias = rng.normal(size=(cells, cells)), rng.uniform(0.5, 1.0, cells)
@@ -138,7 +143,7 @@ def alignment_case(scalars: Mapping[str, float] | None = None, **options) -> dic
         "loss": losses.attention_map_alignment,
         "arrays": MAPS,
         "constants": ("teacher_maps",),
-        "domain": np.abs,
+        "domain": as_maps,
         "reference": evaluate,
         "scalars": {"temperature": 0.4} if scalars is None else scalars,
         "options": arguments,
@@ -175,7 +180,7 @@ def head_case(loss: Callable[..., Any], match: str, **options) -> dict[str, Any]
         "loss": loss,
         "arrays": MAPS,
         "constants": ("teacher_maps",),
-        "domain": np.abs,
+        "domain": as_maps,
         "reference": evaluate,
         "rows": {"query_where": QUERY_WHERE, "key_where": KEY_WHERE},
         "options": lambda: {name: value() if callable(value) else value for name, value in options.items()},
