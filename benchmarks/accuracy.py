@@ -192,7 +192,7 @@ def attention_situations(examples: int, teacher_heads: int, student_heads: int, 
     student = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     nearest = student[:, np.arange(teacher_heads) % student_heads]
     noise = random.uniform(-np.sqrt(3), np.sqrt(3), size=nearest.shape)
-    options = {"temperature": 0.02}
+    temperature = 0.02
     for residual in (1e-2, 1e-4, 1e-6, 1e-8, 1e-10):
         yield Situation(
             loss="attention_maps_mse",
@@ -200,12 +200,12 @@ def attention_situations(examples: int, teacher_heads: int, student_heads: int, 
             arrays=(student, nearest * (1 + np.sqrt(residual) * noise)),
             learned=1,
             scalars=0,
-            reference=functools.partial(peers.attention_maps, variant="mse", **options),
+            reference=functools.partial(peers.attention_maps, variant="mse", temperature=temperature),
             forms={
                 "repkit": lambda student, teacher: losses.attention_map_alignment(
-                    student, teacher, variant="mse", **options
+                    student, teacher, variant="mse", temperature=temperature
                 ),
-                "plain": functools.partial(peers.attention_maps, variant="mse", **options),
+                "plain": functools.partial(peers.attention_maps, variant="mse", temperature=temperature),
                 "Gram": functools.partial(peers.gram_attention_maps, **options),
             },
         )

@@ -13,14 +13,27 @@
 | beside it, features that spread over the whole sphere | `uniformity` |
 | beside it, augmented views on a path between the two modalities | `brownian_bridge`, `brownian_bridge_path` |
 | beside it, the same arrangement of the batch in both modalities | `geometric_consistency` |
+| a small transformer that attends like a large one with other heads | `attention_map_alignment` |
+| the same where attention maps are never computed, or too long to hold | `attention_alignment_from_queries_keys` |
+| baselines of these, heads matched by number | `one_to_one_attention`, `mean_head_attention` |
+| baselines of these, heads mixed by learned or given shares | `mixed_head_attention`, `merged_head_attention` |
 
 Every loss is called as `loss(arrays, ..., *, hyper-parameters, form, key, where, weights, axis_name, reduction)`; one
 with state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
-(`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all of these. No matrix of all pairs is
-ever held, unless `form="plain"` asks for the formula as it reads; `over_mesh` splits a loss over devices.
+(`repkit.numerics.normalize`) where the loss is meant for unit vectors, which is all that take embeddings. No matrix of
+all pairs is ever held, unless `form="plain"` asks for the formula as it reads; `over_mesh` splits a loss over devices.
 """
 
 from repkit.losses._memory import LogPartitionMemory, init_memory
+from repkit.losses.attention import (
+    MapProjection,
+    attention_alignment_from_queries_keys,
+    attention_map_alignment,
+    mean_head_attention,
+    merged_head_attention,
+    mixed_head_attention,
+    one_to_one_attention,
+)
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
 from repkit.losses.contrastive import (
     decoupled_contrastive,
@@ -42,6 +55,9 @@ __all__ = [
     "Form",
     "HardNegatives",
     "LogPartitionMemory",
+    "MapProjection",
+    "attention_alignment_from_queries_keys",
+    "attention_map_alignment",
     "brownian_bridge",
     "brownian_bridge_path",
     "decoupled_contrastive",
@@ -53,6 +69,10 @@ __all__ = [
     "in_modal_info_nce",
     "info_nce",
     "init_memory",
+    "mean_head_attention",
+    "merged_head_attention",
+    "mixed_head_attention",
+    "one_to_one_attention",
     "over_mesh",
     "sample_rates",
     "sigmoid_contrastive",

@@ -21,6 +21,7 @@ from jaxtyping import jaxtyped
 from repkit import losses
 from repkit.checks import InputError
 from repkit.losses.bridge import SAMPLED_TIMES
+from tests.reference import attention as attention_reference
 from tests.reference import losses as reference
 
 B, D = 16, 6
@@ -33,9 +34,11 @@ class Case:
     Attributes:
         loss: the public function.
         arrays: name of each positional array to the axes between the first and the last, such as (2,) for [b 2 d].
+        constants: the arrays among them that get no gradient.
+        domain: makes the loss's kind of array of any array.
         reference: of keyword arguments and those at which what the loss holds fixed is computed, to losses [b].
         scalars: differentiable scalar arguments and their values.
-        rows: integer arguments with one entry per row.
+        rows: integer and boolean arguments with one entry, or one vector, per row.
         options: all other arguments; read from a function because they may hold arrays.
         mistakes: pairs of wrong options and a phrase of the message that they must raise.
     """
@@ -43,6 +46,8 @@ class Case:
     loss: Callable[..., Any]
     arrays: Mapping[str, tuple[int, ...]]
     reference: Callable[[dict[str, Any], dict[str, Any]], np.ndarray]
+    constants: tuple[str, ...] = ()
+    domain: Callable[[np.ndarray], np.ndarray] = np.asarray
     scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     options: Callable[[], dict[str, Any]] = dict
@@ -101,6 +106,96 @@ MEMORY_REFERENCE = {
     "text_to_image": MEMORY_VALUES[1],
     "visited": MEMORY_VISITED,
 }
+MAPS = {"student_maps": (2, 3), "teacher_maps": (3, 3)}
+QUERIES_KEYS = {"student_query": (2, 3), "student_key": (2, 4), "teacher_query": (3, 3), "teacher_key": (3, 4)}
+# An example without a query that counts, and one without a key.
+QUERY_WHERE = np.random.default_rng(8).random((B, 3)) < 0.8
+QUERY_WHERE[3] = False
+KEY_WHERE = np.random.default_rng(9).random((B, D)) < 0.8
+KEY_WHERE[4] = False
+
+
+def as_maps(x: np.ndarray) -> np.ndarray:
+    """Positive cells, far enough from 0 for a finite difference of their logarithms."""
+    return np.abs(x) + 0.1
+
+
+def map_projection() -> losses.MapProjection:
+    rng, cells = np.random.default_rng(10), 3 * D
+    weight, bias = rng.normal(size=(cells, cells)), rng.uniform(0.5, 1.0, cells)
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    return losses.MapProjection(jnp.asarray(weight, dtype), jnp.asarray(bias, dtype))
+
+
+def alignment_case(scalars: Mapping[str, float] | None = None, **options) -> dict[str, Any]:
+    """The fields of a case of attention_map_alignment."""
+
+    def evaluate(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+        now = now | {"teacher_maps": held["teacher_maps"]}
+        if options.get("alignment_gradient") == "stopped":
+            now = now | {"temperature": held["temperature"], "held_student_maps": held["student_maps"]}
+        more = {"projection": map_projection()} if options["variant"] == "projected_kl" else {}
+        return attention_reference.attention_map_alignment(**now, **options, **more)
+
+    def arguments() -> dict[str, Any]:
+        return options | ({"projection": map_projection()} if options["variant"] == "projected_kl" else {})
+
+    return {
+        "loss": losses.attention_map_alignment,
+        "arrays": MAPS,
+        "constants": ("teacher_maps",),
+        "domain": as_maps,
+        "reference": evaluate,
+        "scalars": {"temperature": 0.4} if scalars is None else scalars,
+        "options": arguments,
+    }
+
+
+def queries_keys_case(**options) -> dict[str, Any]:
+    """The fields of a case of attention_alignment_from_queries_keys."""
+    constants = ("teacher_query", "teacher_key")
+
+    def evaluate(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+        now = now | {name: held[name] for name in constants}
+        return attention_reference.attention_alignment_from_queries_keys(**now, **options)
+
+    return {
+        "loss": losses.attention_alignment_from_queries_keys,
+        "arrays": QUERIES_KEYS,
+        "constants": constants,
+        "reference": evaluate,
+        "scalars": {"temperature": 0.4, "student_logit_scale": 3.0},
+        "options": lambda: options,
+    }
+
+
+def head_case(loss: Callable[..., Any], match: str, **options) -> dict[str, Any]:
+    """The fields of a case of the losses that match heads otherwise."""
+
+    def evaluate(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+        now = now | {"teacher_maps": held["teacher_maps"]}
+        arrays = {name: np.asarray(value()) for name, value in options.items() if callable(value)}
+        return attention_reference.matched_heads(**now, **{**options, **arrays}, match=match)
+
+    return {
+        "loss": loss,
+        "arrays": MAPS,
+        "constants": ("teacher_maps",),
+        "domain": as_maps,
+        "reference": evaluate,
+        "rows": {"query_where": QUERY_WHERE, "key_where": KEY_WHERE},
+        "options": lambda: {name: value() if callable(value) else value for name, value in options.items()},
+    }
+
+
+def mixer() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(11).uniform(0.1, 1.0, (3, 2)))
+
+
+def merging() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(12).uniform(0.1, 1.0, (2, 3)))
+
+
 CASES = {
     "info_nce": Case(
         losses.info_nce,
@@ -352,6 +447,75 @@ CASES = {
         PAIR,
         lambda now, held: reference.geometric_consistency(**now),
     ),
+    "attention_map_alignment": Case(
+        **alignment_case(variant="kl"),
+        rows={"query_where": QUERY_WHERE, "key_where": KEY_WHERE},
+        mistakes=(
+            ({"variant": "kld"}, "did you mean 'kl'"),
+            ({"alignment_gradient": "stop"}, "did you mean 'stopped'"),
+            ({"temperature": 0.0}, "expected temperature > 0"),
+            ({"form": "blocks"}, "or 'plain', got 'blocks'"),
+            ({"variant": "projected_kl"}, "expected a projection"),
+            ({"projection": losses.MapProjection(np.eye(18), np.ones(18))}, "and for no other, got one"),
+            (
+                {"variant": "projected_kl", "projection": losses.MapProjection(np.eye(3), np.ones(3))},
+                "n = q k = 18 cells, got one of 3",
+            ),
+            ({"key_where": np.ones((B, 3), bool)}, "expected k = 6, as in student_maps, got k = 3 in key_where"),
+        ),
+    ),
+    "attention_map_alignment, squared": Case(
+        **alignment_case(variant="mse"), rows={"query_where": QUERY_WHERE, "key_where": KEY_WHERE}
+    ),
+    "attention_map_alignment, squared, weights held": Case(
+        **alignment_case(variant="mse", alignment_gradient="stopped")
+    ),
+    "attention_map_alignment, weights held": Case(
+        **alignment_case(variant="kl", alignment_gradient="stopped"), rows={"key_where": KEY_WHERE}
+    ),
+    "attention_map_alignment, by row": Case(
+        **alignment_case(variant="token_kl"), rows={"query_where": QUERY_WHERE, "key_where": KEY_WHERE}
+    ),
+    "attention_map_alignment, projected": Case(**alignment_case(variant="projected_kl")),
+    "attention_map_alignment, plain": Case(
+        **alignment_case(variant="kl") | {"options": lambda: {"variant": "kl", "form": "plain"}},
+        rows={"query_where": QUERY_WHERE, "key_where": KEY_WHERE},
+    ),
+    "attention_map_alignment, blocks of rows": Case(
+        **alignment_case(variant="kl") | {"options": lambda: {"variant": "kl", "form": losses.Blocks(size=2)}},
+        rows={"query_where": QUERY_WHERE, "key_where": KEY_WHERE},
+    ),
+    "attention_alignment_from_queries_keys": Case(
+        **queries_keys_case(variant="kl"),
+        rows={"query_where": QUERY_WHERE, "key_where": KEY_WHERE[:, :4]},
+        mistakes=(
+            ({"variant": "projected_kl"}, "unknown variant 'projected_kl'"),
+            ({"visible": "past"}, "unknown visible 'past'"),
+        ),
+    ),
+    "attention_alignment_from_queries_keys, squared, causal": Case(
+        **queries_keys_case(variant="mse", visible="causal"), rows={"key_where": KEY_WHERE[:, :4]}
+    ),
+    "attention_alignment_from_queries_keys, by row, causal": Case(
+        **queries_keys_case(variant="token_kl", visible="causal")
+    ),
+    "one_to_one_attention": Case(
+        **head_case(losses.one_to_one_attention, "one_to_one", variant="kl"),
+        mistakes=(({"variant": "token_kl"}, "unknown variant 'token_kl'"),),
+    ),
+    "one_to_one_attention, squared": Case(**head_case(losses.one_to_one_attention, "one_to_one", variant="mse")),
+    "mean_head_attention": Case(**head_case(losses.mean_head_attention, "mean", variant="kl")),
+    "mixed_head_attention": Case(
+        **head_case(losses.mixed_head_attention, "mixed", variant="kl", mixer=mixer),
+        mistakes=(({"mixer": np.ones((2, 3), np.float32)}, "expected mixer of shape [3, 2], got [2, 3]"),),
+    ),
+    "merged_head_attention": Case(
+        **head_case(losses.merged_head_attention, "merged", variant="kl", merging=merging),
+        mistakes=(({"merging": np.ones((3, 2), np.float32)}, "expected merging of shape [2, 3], got [3, 2]"),),
+    ),
+    "merged_head_attention, squared": Case(
+        **head_case(losses.merged_head_attention, "merged", variant="mse", merging=merging)
+    ),
 }
 # Where a test is about a loss and not about its options, the first case of each loss stands for it: one that draws, if
 # the loss can.
@@ -375,7 +539,7 @@ def make_inputs(case: Case, seed: int = 0, rows: int = B) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name, axes in case.arrays.items():
         x = common.reshape(rows, *(1,) * len(axes), D) + rng.normal(size=(rows, *axes, D))
-        inputs[name] = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        inputs[name] = case.domain(x / np.linalg.norm(x, axis=-1, keepdims=True))
     return inputs | {name: np.float64(value) for name, value in case.scalars.items()}
 
 
@@ -478,7 +642,8 @@ def test_docstring_describes_every_argument(name):
 def test_annotations_hold_and_no_dtype_or_rank_is_promoted(name):
     case = CASES[name]
     checked = dataclasses.replace(case, loss=jaxtyped(typechecker=beartype.beartype)(case.loss))
-    inputs, rows = cast(make_inputs(case), jnp.float32), cast(dict(case.rows), jnp.int32)
+    inputs = cast(make_inputs(case), jnp.float32)
+    rows = {each: cast(x, bool if x.dtype == bool else jnp.int32) for each, x in case.rows.items()}
     where, weights = jnp.asarray(make_mask()), jnp.asarray(make_weights(), jnp.float32)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for reduction in ("mean", "sum", "none"):
@@ -499,16 +664,16 @@ def test_shapes_that_do_not_fit_are_refused_by_name(name):
     first, second = list(case.arrays)[:2]
     x = inputs[second]
     for wrong, message in (
-        (x[..., :-1], f"expected d = {D}, as in {first}, got d = {D - 1} in {second}"),
+        (x[..., :-1], rf"expected \w+ = {D}, as in {first}, got \w+ = {D - 1} in {second}"),
         (x[:-1], f"expected b = {B}, as in {first}, got b = {B - 1} in {second}"),
         (x[0], f"expected {second} to have {x.ndim} axes"),
         (x.astype(jnp.int32), f"expected {second} to hold float values"),
         (x.tolist(), f"expected {second} to be an array, got list"),
     ):
-        with pytest.raises(InputError, match=f"^{name}: ") as caught:
+        with pytest.raises(InputError, match=f"^{name}: .*{message}") as caught:
             call(case, inputs | {second: wrong})
-        assert message in str(caught.value)
-        assert f"{first}: float32[{B}, {D}]" in str(caught.value), "the message shows all arguments"
+        shape = ", ".join(map(str, inputs[first].shape))
+        assert f"{first}: float32[{shape}]" in str(caught.value), "the message shows all arguments"
     for option, wrong, message in (
         ("where", jnp.ones(B), "expected where to hold bool values"),
         ("weights", jnp.ones(B + 1), f"got b = {B + 1} in weights"),
@@ -589,7 +754,7 @@ def test_masked_rows_do_not_matter_even_if_they_hold_nan(name):
         np.testing.assert_array_equal(gradient[argument], expected_gradient[argument])
     for array in case.arrays:
         assert not np.any(gradient[array][~where])
-        assert np.any(gradient[array][where])
+        assert np.any(gradient[array][where]) == (array not in case.constants)
 
 
 @every_case
@@ -650,16 +815,16 @@ def test_extreme_inputs_stay_finite(name):
         inputs["logit_scale"] = np.float64(100.0)
     where, weights = jnp.ones(B, bool), jnp.ones(B)
     first = next(iter(case.arrays))
-    for kind, x in _extremes(inputs[first]).items():
+    for kind, x in _extremes(inputs[first].reshape(B, -1, D)[:, 0]).items():
         for others in ("equal to it", "opposite", "random"):
             sign = {"equal to it": 1.0, "opposite": -1.0}.get(others)
             extreme = dict(inputs)
             for array in case.arrays:
                 aligned = x.reshape(B, *(1,) * len(case.arrays[array]), D)
                 if array == first:
-                    extreme[array] = x
+                    extreme[array] = case.domain(np.broadcast_to(aligned, inputs[array].shape))
                 elif sign is not None:
-                    extreme[array] = np.broadcast_to(sign * aligned, inputs[array].shape)
+                    extreme[array] = case.domain(np.broadcast_to(sign * aligned, inputs[array].shape))
             if kind == "long" and "logit_scale" in extreme:
                 extreme["logit_scale"] = np.float64(1e-3)
             value, gradient = value_and_gradient(_case_name(case), cast(extreme, jnp.float32), where, weights)
