@@ -206,7 +206,7 @@ def attention_situations(examples: int, teacher_heads: int, student_heads: int, 
                     student, teacher, variant="mse", temperature=temperature
                 ),
                 "plain": functools.partial(peers.attention_maps, variant="mse", temperature=temperature),
-                "Gram": functools.partial(peers.gram_attention_maps, **options),
+                "Gram": functools.partial(peers.gram_attention_maps, temperature=temperature),
             },
         )
 
