@@ -139,21 +139,25 @@ def softmax_cross_entropy(partition: Partition) -> Float[Array, " b"]:
     As `softplus(log sum_neg - log sum_pos) + (log sum_pos - mean)`, of which the second term is left out, not
     subtracted, for a single positive: neither value nor gradient cancels when the loss tends to 0. 0 for masked rows.
     """
-    log_positive, mean = log_positives(partition), mean_positive(partition)
     has_negative = partition.negative_count > 0
-    losses = jnp.where(has_negative, jax.nn.softplus(partition.negatives - log_positive), 0.0)
+    losses = jnp.where(has_negative, jax.nn.softplus(partition.negatives - log_positives(partition)), 0.0)
     if partition.positives is None:
         return losses
-    return losses + jnp.where(partition.positives.number > 0, log_positive - mean, 0.0)
+    apart = (partition.own - mean_positive(partition)) + _others_share(partition.own, partition.positives)
+    return losses + jnp.where(partition.positives.number > 0, apart, 0.0)
 
 
 def log_positives(partition: Partition) -> Float[Array, " b"]:
     """log of the sum of the exponentials of all positives' scores, the own pair among them."""
     if partition.positives is None:
         return partition.own
-    is_several = partition.positives.number > 0
-    several = jnp.logaddexp(partition.own, jnp.where(is_several, partition.positives.logsumexp, partition.own))
-    return jnp.where(is_several, several, partition.own)
+    return partition.own + _others_share(partition.own, partition.positives)
+
+
+def _others_share(own: Float[Array, " b"], positives: Positives) -> Float[Array, " b"]:
+    """What the other positives add to the own pair's score in the log-sum of both; 0 where there are none."""
+    is_several = positives.number > 0
+    return jnp.where(is_several, jax.nn.softplus(jnp.where(is_several, positives.logsumexp - own, 0.0)), 0.0)
 
 
 def mean_positive(partition: Partition) -> Float[Array, " b"]:

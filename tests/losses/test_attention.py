@@ -348,6 +348,7 @@ MAP_LOSSES = [
 
 
 @pytest.mark.parametrize(("name", "variant"), MAP_LOSSES)
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
 @hypothesis.given(case=map_cases)
 def test_any_maps_give_a_finite_value_and_gradient(name, variant, case):
@@ -384,6 +385,7 @@ def compiled_queries_keys(variant: str, visible: str):
 
 
 @pytest.mark.parametrize(("variant", "visible"), [("mse", "causal"), ("kl", "all"), ("token_kl", "causal")])
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
 @hypothesis.given(
     shape=st.sampled_from(MAPS_SHAPES),

@@ -95,6 +95,7 @@ finite = jax.jit(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**16),

@@ -521,8 +521,12 @@ CASES = {
 # the loss can.
 LOSSES = {case.loss.__name__: case for case in reversed(CASES.values())}
 
-# Cases whose placements over devices differ from the first case's of their loss.
-PLACED = [name for name, case in CASES.items() if "form" in case.options() or case is LOSSES[case.loss.__name__]]
+# The first case of each loss, and those whose form makes their placements over devices another program.
+PLACED = [
+    name if case is LOSSES[case.loss.__name__] else pytest.param(name, marks=pytest.mark.slow)
+    for name, case in CASES.items()
+    if "form" in case.options() or case is LOSSES[case.loss.__name__]
+]
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))

@@ -293,6 +293,7 @@ def finite(arrays, where, weights, reduction):
     return jax.value_and_grad(loss, (0, 1))(arrays, weights)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     variant=st.sampled_from([(3, 5, 4, "mean"), (13, 2, 2, "none"), (13, 2, 4, "mean")]),

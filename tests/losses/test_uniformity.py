@@ -83,6 +83,7 @@ compiled = quickly(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.sampled_from([1, 7]),
