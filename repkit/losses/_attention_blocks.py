@@ -244,9 +244,8 @@ def _plan(settings: Settings, student: Source, teacher: Source, queries: int, ke
 
 
 def _block_rows(cells_per_row: int) -> int:
-    """Rows of a block, a multiple of what a vector register holds where there are as many."""
-    rows = max(1, _BLOCK_CELLS // cells_per_row)
-    return rows if rows < 16 else rows - rows % 16
+    """Rows of a block: a multiple of 32, below which products of matrices are slow."""
+    return 32 * max(1, round(_BLOCK_CELLS / cells_per_row / 32))
 
 
 def _batch_parts(x: Array) -> int:
