@@ -5,3 +5,15 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The parity tests place one program on 8 devices; all other tests use the first of them.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one loss's case follow one another, so that one worker compiles its programs and reuses them."""
+    places = [i for i, item in enumerate(items) if item.path.name == "test_contract.py"]
+    contract = [items[i] for i in places]
+
+    def case(item):
+        return item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+
+    for i, item in zip(places, sorted(contract, key=case), strict=True):
+        items[i] = item
