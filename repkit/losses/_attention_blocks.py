@@ -40,6 +40,11 @@ Start: TypeAlias = int | Int[Array, ""]
 _WHOLE_CELLS = 2**25
 _BLOCK_CELLS = 2**20
 
+# Below this squared distance per unit map, "mse" is formed from differences of heads: it takes longer, but keeps the
+# digits that float32 loses in differences of unit maps.
+_NEAR_ZERO = 1e-4
+_FEW_ROWS = 16
+
 
 class Settings(NamedTuple):
     """What is fixed when the loss is traced."""
@@ -115,7 +120,8 @@ def _losses(plan: "_Plan", *inputs: Any) -> Float[Array, " b"]:
 
     def group(step: Start, losses: Float[Array, "g steps"]) -> Float[Array, "g steps"]:
         blocks, temperature = _open(plan, grouped, step)
-        return _put(losses, step, blocks.total(_group(plan, blocks, temperature).losses))
+        result = _group(plan, blocks, temperature)
+        return _put(losses, step, result.refined(blocks.total(result.losses)))
 
     return plan.ungrouped(plan.over_groups(group, jnp.zeros_like(grouped.temperature)))
 
@@ -135,7 +141,7 @@ def _losses_and_derivatives(plan: "_Plan", *inputs: Any) -> tuple[Float[Array, "
 
         student, total = plan.over_rows(block, (student, jnp.zeros_like(temperature)))
         derivatives = _Derivatives(student, _put(temperature_gradient, step, result.temperature_gradient))
-        return _put(losses, step, total), derivatives
+        return _put(losses, step, result.refined(total)), derivatives
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, plan.dtype), _Derivatives(grouped.student, grouped.temperature))
     losses, derivatives = plan.over_groups(group, (zeros.temperature, zeros))
@@ -168,11 +174,13 @@ class _Group(NamedTuple):
         losses: what a block of rows, given by its start and size, adds to the examples' losses [*g].
         cells_and_gradient: the student's cells of a block [*g hs n], and the losses' gradient.
         temperature_gradient: the losses' derivatives in the temperature.
+        refined: the losses [*g], given their sum over the blocks, from which digits may be missing.
     """
 
     losses: Callable[[Start, int], Array]
     cells_and_gradient: Callable[[Start, int], tuple[Array, Array]]
     temperature_gradient: Float[Array, "*g"]
+    refined: Callable[[Array], Array]
 
 
 def _group(plan: "_Plan", blocks: "_Blocks", temperature: Float[Array, "*g"]) -> _Group:
@@ -511,7 +519,15 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
         compared = read(start, size)
         return compared.student, cells_gradient(compared)
 
-    return _Group(losses, cells_and_gradient, of_temperature)
+    def refined(losses: Float[Array, "*g"]) -> Float[Array, "*g"]:
+        # Maps computed from keys are themselves not exact enough for their differences to have more digits.
+        if kind == "kl" or isinstance(blocks.student, _AttentionBlocks):
+            return losses
+        compared_heads = jnp.sum(alignment.teacher_scale > 0, axis=-1)
+        is_near_zero = jnp.any(losses < _NEAR_ZERO * compared_heads)
+        return jax.lax.cond(is_near_zero, lambda: _squared_distances(blocks, alignment), lambda: losses)
+
+    return _Group(losses, cells_and_gradient, of_temperature, refined)
 
 
 class _Compared(NamedTuple):
@@ -555,6 +571,46 @@ def _head_losses(kind: Kind, alignment: _Alignment, compared: _Compared) -> Floa
     # it does not matter how exactly the maps are normalised.
     cells = teacher * jnp.log(jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)) - teacher + mixture
     return jnp.sum(cells, axis=-1)
+
+
+def _squared_distances(blocks: _Blocks, alignment: _Alignment) -> Float[Array, "*g"]:
+    """The "mse" losses from differences of heads, which keep the digits that differences of unit maps lose.
+
+    As the weights sum to 1, `t_i / |t_i| - sum_j a_ij s_j / |s_j|` is
+
+        `sum_j a_ij ((t_i - s_j) - (|t_i| / |s_j| - 1) s_j) / |t_i|`,
+
+    where `|t_i| - |s_j| = <t_i - s_j, t_i + s_j> / (|t_i| + |s_j|)`.
+    """
+    # Rows are read again from the maps: what is computed from few of them takes little memory.
+    blocks = blocks._replace(plan=blocks.plan._replace(rows=min(blocks.plan.rows, _FEW_ROWS)))
+
+    def surpluses(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Float[Array, "*g ht hs"]:
+        def of_head(head: Float[Array, "*g 1 n"]) -> Float[Array, "*g hs"]:
+            return jnp.sum((head - student) * (head + student), axis=-1)
+
+        return jnp.moveaxis(_over_heads(of_head, teacher[..., None, :]), 0, -2)
+
+    student_unit, teacher_unit = alignment.student_unit[..., None, :], alignment.teacher_unit[..., :, None]
+    units = jnp.where(student_unit + teacher_unit > 0, student_unit + teacher_unit, 1.0)
+    longer = blocks.total(blocks.reading(surpluses)) * jnp.square(student_unit) * teacher_unit / units
+    shares = alignment.weights * alignment.teacher_scale[..., :, None]
+
+    def squares(student: Float[Array, "*g hs n"], teacher: Float[Array, "*g ht n"]) -> Float[Array, "*g"]:
+        def of_head(
+            head: Float[Array, "*g 1 n"], shares: Float[Array, "*g hs 1"], longer: Float[Array, "*g hs 1"]
+        ) -> Float[Array, "*g"]:
+            return jnp.sum(jnp.square(jnp.sum(shares * ((head - student) - longer * student), axis=-2)), axis=-1)
+
+        heads = _over_heads(of_head, teacher[..., None, :], shares[..., None], longer[..., None])
+        return jnp.sum(heads, axis=0)
+
+    return blocks.total(blocks.reading(squares))
+
+
+def _over_heads(of_head: Callable[..., Array], *arrays: Float[Array, "*g ht i j"]) -> Array:
+    """`of_head` of one teacher head after another: no array of all pairs of heads."""
+    return jax.lax.map(lambda head: of_head(*head), tuple(jnp.moveaxis(x, -3, 0) for x in arrays))
 
 
 def _floor(alignment: _Alignment) -> Float[Array, "*g ht 1"]:
@@ -621,4 +677,5 @@ def _token_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]) 
         blocks.reading(functools.partial(losses, temperature)),
         blocks.reading(gradient),
         blocks.total(blocks.reading(of_temperature)),
+        refined=lambda losses: losses,
     )

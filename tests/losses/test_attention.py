@@ -270,6 +270,24 @@ def test_a_nearly_perfect_mixture_keeps_its_digits(variant, relative_residual):
     assert error < 10 * rounding
 
 
+@pytest.mark.parametrize("form", [losses.Blocks(), losses.Blocks(size=24)])
+@pytest.mark.parametrize("relative_residual", [1e-8, 1e-10])
+def test_squared_distances_near_zero_are_exact(relative_residual, form):
+    """Each teacher head approaches a student head; a masked example, whose loss is 0, changes nothing."""
+    rng = np.random.default_rng(2)
+    student = make_maps(1, 3, 6, 64, 64)
+    noise = rng.uniform(-math.sqrt(3), math.sqrt(3), size=(3, 12, 64, 64))
+    teacher = (student[:, np.arange(12) % 6] * (1 + math.sqrt(relative_residual) * noise)).astype(np.float32)
+    options = {"variant": "mse", "temperature": 0.02, "query_where": np.arange(3)[:, None] < np.array([2] * 64)}
+    value, _ = evaluate(student, teacher, form=form, **options)
+    alone = call("attention_map_alignment", student, teacher, form=form, **options)
+    with jax.enable_x64(True):
+        student, teacher = student.astype(np.float64), teacher.astype(np.float64)
+        exact = np.asarray(call("attention_map_alignment", student, teacher, form="plain", **options))
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+    np.testing.assert_allclose(alone, exact, rtol=1e-6)
+
+
 @every_variant
 def test_bfloat16_maps_are_computed_in_float32(variant):
     student, teacher = (jnp.asarray(make_maps(seed, 2, 2, 6, 6), jnp.bfloat16) for seed in (0, 1))
