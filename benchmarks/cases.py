@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks import costs, limits, peers, torch_peers
 from benchmarks.measure import Arrays, Entrant, Problem
 from repkit import losses
-from repkit.losses._pairs import block_size
+from repkit.losses._pairs import row_blocks
 from repkit.numerics import normalize
 
 Shape: TypeAlias = tuple[int, ...]
@@ -454,7 +454,7 @@ def _products_alone(function: Callable[..., Any], flops: float) -> Entrant:
 
 def _softmax_products(rows: int) -> int:
     """The scores are computed twice unless the pair matrix is one block."""
-    return 3 if block_size(rows, losses.Blocks()) == rows else 4
+    return 3 if row_blocks(rows, losses.Blocks()).blocks == 1 else 4
 
 
 def _softmax_flops(rows: int, width: int) -> float:
@@ -463,7 +463,7 @@ def _softmax_flops(rows: int, width: int) -> float:
 
 def _pair_limit(rows: int, flops: float, *, products: int) -> Entrant:
     program = limits.pair_products if products == 3 else limits.pair_products_twice
-    return _products_alone(program(block_size(rows, losses.Blocks())), flops)
+    return _products_alone(program(row_blocks(rows, losses.Blocks()).rows), flops)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

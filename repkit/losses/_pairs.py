@@ -7,7 +7,6 @@ every tile and adds up the sums and, from the slopes, the gradients of both side
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from repkit.losses._row_blocks import RowBlocks
 from repkit.losses.form import Blocks
 from repkit.numerics import AxisName, all_over, mask_rows, sum_over, varying
 
@@ -129,20 +129,17 @@ def column_sums(values: Float[Array, "r c"], rows: Side) -> Float[Array, " c"]:
 # The choice of blocks
 
 
-def block_size(rows: int, form: Blocks) -> int:
-    """Rows of a block: nearly equal parts, so that few rows are walked twice whatever the number of rows."""
+def row_blocks(rows: int, form: Blocks) -> RowBlocks:
+    """The blocks of one side of the matrix."""
     # Large enough that a tile's matrix products take much longer than its launch, small enough for the cache. A matrix
     # of at most four tiles is walked as one, whose products are kept: a quarter of the work less for some memory.
     most = form.size or (1024 if jax.default_backend() == "cpu" else 4096)
-    if rows <= (form.size or 2 * most):
-        return rows
-    blocks = math.ceil(rows / most)
-    return min(rows, -(-rows // (16 * blocks)) * 16)
+    return RowBlocks.contiguous(rows, rows if rows <= 2 * most and form.size is None else most)
 
 
 def is_one_tile(rows: int, form: Blocks, axis_name: AxisName | None) -> bool:
     """Whether the pair matrix is one tile, so that its products are worth keeping for the backward walk."""
-    return axis_name is None and block_size(rows, form) == rows
+    return axis_name is None and row_blocks(rows, form).blocks == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,45 +224,45 @@ def _gradients(slope: Float[Array, "r c"], rows: Side, columns: Side) -> tuple[A
 def _walk_local(
     tile: TileFunction, rows: Side, columns: Side, *, form: Blocks, axis_name: AxisName | None, combine: Combine
 ) -> Walk:
-    row_blocks, column_blocks = (_BlocksOf(len(side.valid), form) for side in (rows, columns))
-    if row_blocks.count == column_blocks.count == 1:
+    of_rows, of_columns = (row_blocks(len(side.valid), form) for side in (rows, columns))
+    if of_rows.blocks == of_columns.blocks == 1:
         return _one_tile(tile, rows, columns, pair_products(rows.embeds, columns.embeds))
 
     def one(row: Side, column: Side) -> Walk:
         return _one_tile(tile, row, column, pair_products(row.embeds, column.embeds))
 
-    shapes = jax.eval_shape(one, row_blocks.first(rows), column_blocks.first(columns))
+    shapes = jax.eval_shape(lambda: one(_take(of_rows, rows, 0), _take(of_columns, columns, 0)))
     shapes = shapes._replace(
         column_sums=_lengthened(shapes.column_sums, len(columns.valid)),
         column_gradient=_lengthened(shapes.column_gradient, len(columns.valid)),
     )
 
     def row_step(i: Array, walk: Walk) -> Walk:
-        row, fresh_row = row_blocks.take(rows, i)
+        row = _take(of_rows, rows, i)
 
         def column_step(j: Array, walk: Walk) -> Walk:
-            column, fresh_column = column_blocks.take(columns, j)
+            column = _take(of_columns, columns, j)
             part = one(row, column)
             return Walk(
                 _merge(combine, walk.row_sums, part.row_sums),
-                column_blocks.put(walk.column_sums, part.column_sums, j, fresh_column, combine),
+                _put(of_columns, walk.column_sums, part.column_sums, j, combine),
                 jax.tree.map(jnp.add, walk.row_gradient, part.row_gradient),
-                column_blocks.put(walk.column_gradient, part.column_gradient, j, fresh_column, "sum"),
+                _put(of_columns, walk.column_gradient, part.column_gradient, j, "sum"),
             )
 
         nothing = _filled(shapes, combine, axis_name)
         first = walk._replace(row_sums=nothing.row_sums, row_gradient=nothing.row_gradient)
-        part = jax.lax.fori_loop(0, column_blocks.count, column_step, first)
+        part = jax.lax.fori_loop(0, of_columns.blocks, column_step, first)
         return part._replace(
-            row_sums=row_blocks.put(walk.row_sums, part.row_sums, i, fresh_row, combine),
-            row_gradient=row_blocks.put(walk.row_gradient, part.row_gradient, i, fresh_row, "sum"),
+            row_sums=_put(of_rows, walk.row_sums, part.row_sums, i, combine),
+            row_gradient=_put(of_rows, walk.row_gradient, part.row_gradient, i, "sum"),
         )
 
     whole = shapes._replace(
         row_sums=_lengthened(shapes.row_sums, len(rows.valid)),
         row_gradient=_lengthened(shapes.row_gradient, len(rows.valid)),
     )
-    return jax.lax.fori_loop(0, row_blocks.count, row_step, _filled(whole, combine, axis_name))
+    return jax.lax.fori_loop(0, of_rows.blocks, row_step, _filled(whole, combine, axis_name))
 
 
 def _lengthened(shapes: Any, length: int) -> Any:
@@ -303,37 +300,25 @@ def _merge(combine: Combine, first: Any, second: Any) -> Any:
     return jax.tree.map(largest, first, second, is_leaf=lambda x: isinstance(x, Best))
 
 
-class _BlocksOf:
-    """The blocks of one side. The last begins early where the rows do not divide, and then skips what it repeats."""
+def _take(blocks: RowBlocks, side: Side, i: Array | int) -> Side:
+    """Block i, in which rows of an earlier block take no part."""
+    block = jax.tree.map(lambda x: blocks.take(x, i), side)
+    if not blocks.repeats:
+        return block
+    new = blocks.is_new(i)
+    return block._replace(embeds=mask_rows(block.embeds, new), valid=mask_rows(block.valid, new))
 
-    def __init__(self, length: int, form: Blocks):
-        self.length, self.size = length, block_size(length, form)
-        self.count = math.ceil(length / self.size)
 
-    def first(self, side: Side) -> Side:
-        return jax.tree.map(lambda x: x[: self.size], side)
+def _put(blocks: RowBlocks, totals: Any, parts: Any, i: Array, combine: Combine) -> Any:
+    """The totals with block i's parts combined into them, but for rows of an earlier block."""
+    before = jax.tree.map(lambda x: blocks.take(x, i), totals)
 
-    def take(self, side: Side, i: Array) -> tuple[Side, Array | None]:
-        """A block, and which of its rows are met for the first time (None: all)."""
-        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self._start(i), self.size), side)
-        if self.length % self.size == 0:
-            return block, None
-        fresh = self._start(i) + jnp.arange(self.size) >= i * self.size
-        return block._replace(embeds=mask_rows(block.embeds, fresh), valid=mask_rows(block.valid, fresh)), fresh
+    def place(total: Array, old: Array, new: Array) -> Array:
+        if blocks.repeats:
+            new = jnp.where(blocks.is_new(i).reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+        return blocks.put(total, new, i)
 
-    def put(self, totals: Any, parts: Any, i: Array, fresh: Array | None, combine: Combine) -> Any:
-        """The totals with a block's parts combined into them."""
-
-        def place(total: Array, old: Array, new: Array) -> Array:
-            if fresh is not None:
-                new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-            return jax.lax.dynamic_update_slice_in_dim(total, new, self._start(i), 0)
-
-        before = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self._start(i), self.size), totals)
-        return jax.tree.map(place, totals, before, _merge(combine, before, parts))
-
-    def _start(self, i: Array) -> Array:
-        return jnp.minimum(i * self.size, self.length - self.size)
+    return jax.tree.map(place, totals, before, _merge(combine, before, parts))
 
 
 def _walk_ring(

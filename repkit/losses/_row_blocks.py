@@ -39,7 +39,7 @@ class RowBlocks(NamedTuple):
         """Whether some rows are in two blocks."""
         return self.rows * self.blocks > self.total
 
-    def take(self, x: Shaped[Array, " b *shape"], i: Int[Array, ""]) -> Shaped[Array, " r *shape"]:
+    def take(self, x: Shaped[Array, " b *shape"], i: Int[Array, ""] | int) -> Shaped[Array, " r *shape"]:
         """The rows of block i."""
         if self.is_interleaved:
             split = x.reshape(self.rows, self.blocks, *x.shape[1:])
@@ -47,7 +47,7 @@ class RowBlocks(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(x, self._start(i), self.rows)
 
     def put(
-        self, x: Shaped[Array, " b *shape"], block: Shaped[Array, " r *shape"], i: Int[Array, ""]
+        self, x: Shaped[Array, " b *shape"], block: Shaped[Array, " r *shape"], i: Int[Array, ""] | int
     ) -> Shaped[Array, " b *shape"]:
         """`x` with the rows of block i replaced."""
         if self.is_interleaved:
@@ -55,11 +55,11 @@ class RowBlocks(NamedTuple):
             return jax.lax.dynamic_update_index_in_dim(split, block, i, axis=1).reshape(x.shape)
         return jax.lax.dynamic_update_slice_in_dim(x, block, self._start(i), axis=0)
 
-    def is_new(self, i: Int[Array, ""]) -> Bool[Array, " r"]:
+    def is_new(self, i: Int[Array, ""] | int) -> Bool[Array, " r"]:
         """Which rows of block i are in no earlier block."""
         if not self.repeats:
             return jnp.ones(self.rows, bool)
         return self._start(i) + jnp.arange(self.rows) >= i * self.rows
 
-    def _start(self, i: Int[Array, ""]) -> Int[Array, ""]:
+    def _start(self, i: Int[Array, ""] | int) -> Int[Array, ""]:
         return jnp.minimum(i * self.rows, self.total - self.rows)

@@ -234,7 +234,7 @@ def compiled(name, rows, dtype, block):
 @pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(
-    rows=st.sampled_from([1, 7]),
+    rows=st.sampled_from([1, 2, 7]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     scale=st.sampled_from([0.0, 1e-3, 1.0, 14.3, 100.0, 1e4]),
     length=st.sampled_from([0.0, 1e-20, 1e-3, 1.0, 30.0]),
