@@ -523,7 +523,7 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
         # Maps computed from keys are themselves not exact enough for their differences to have more digits.
         if kind == "kl" or isinstance(blocks.student, _AttentionBlocks):
             return losses
-        compared_heads = jnp.sum(alignment.teacher_scale > 0, axis=-1)
+        compared_heads = jnp.sum(alignment.teacher_scale > 0, axis=-1, dtype=losses.dtype)
         is_near_zero = jnp.any(losses < _NEAR_ZERO * compared_heads)
         return jax.lax.cond(is_near_zero, lambda: _squared_distances(blocks, alignment), lambda: losses)
 
