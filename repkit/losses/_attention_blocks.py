@@ -498,7 +498,7 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
     difference_scale = 2 * alignment.teacher_scale if kind == "mse" else -jnp.ones_like(alignment.teacher_scale)
 
     def losses(start: Start, size: int) -> Float[Array, "*g"]:
-        return jnp.sum(_head_losses(kind, alignment, read(start, size)) * unit, axis=-1)
+        return jnp.sum(_head_losses(kind, alignment, read(start, size), plan.keys) * unit, axis=-1)
 
     def products(start: Start, size: int) -> Float[Array, "*g ht hs"]:
         compared = read(start, size)
@@ -560,7 +560,7 @@ def _compare(
     return _Compared(student, teacher, mixture, jax.lax.optimization_barrier(differences))
 
 
-def _head_losses(kind: Kind, alignment: _Alignment, compared: _Compared) -> Float[Array, "*g ht"]:
+def _head_losses(kind: Kind, alignment: _Alignment, compared: _Compared, keys: int) -> Float[Array, "*g ht"]:
     """The share of a block of cells in the loss of each teacher head, in units of the teacher's map."""
     _, teacher, mixture, differences = compared
     if kind == "mse":
@@ -570,7 +570,9 @@ def _head_losses(kind: Kind, alignment: _Alignment, compared: _Compared) -> Floa
     # The last two terms add up to 0 over the cells, and make each cell's value second order in the difference, so that
     # it does not matter how exactly the maps are normalised.
     cells = teacher * jnp.log(jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny)) - teacher + mixture
-    return jnp.sum(cells, axis=-1)
+    # Over rows first: XLA's CPU backend computes what it sums over the last axis one cell at a time.
+    rows = jnp.sum(cells.reshape(*cells.shape[:-1], -1, keys), axis=-2)
+    return jnp.sum(jax.lax.optimization_barrier(rows), axis=-1)
 
 
 def _squared_distances(blocks: _Blocks, alignment: _Alignment) -> Float[Array, "*g"]:

@@ -7,16 +7,17 @@ every tile and adds up the sums and, from the slopes, the gradients of both side
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from repkit.checks import require_arrays
 from repkit.losses._row_blocks import RowBlocks
-from repkit.losses.form import Blocks
-from repkit.numerics import AxisName, all_over, mask_rows, sum_over, varying
+from repkit.losses.form import Blocks, Form, require_form
+from repkit.numerics import AxisName, Scalar, all_over, mask_rows, sum_over, varying
 
 Combine: TypeAlias = Literal["sum", "max"]
 
@@ -87,6 +88,36 @@ def embeddings(*arrays: Float[Array, "b d"], where: Bool[Array, " b"] | None) ->
     if dtype != jnp.bfloat16:
         dtype = jnp.promote_types(dtype, jnp.float32)
     return [mask_rows(array.astype(dtype), where) for array in given]
+
+
+def require_pairs(
+    caller: str,
+    embeds: Mapping[str, Float[Array, "b d"]],
+    *,
+    form: Form,
+    where: Bool[Array, " b"] | None,
+    weights: Float[Array, " b"] | None,
+    logit_scale: Scalar,
+    labels: Int[Array, " b"] | None,
+    **others: tuple[Any, str],
+) -> list[Float[Array, "b d"]]:
+    """The embeddings as operands of products, after the checks that all losses over pairs have in common.
+
+    Args:
+        caller: name of the loss, for messages.
+        embeds: the two embeddings by the names of their arguments.
+        form: as given to the loss.
+        where: as given.
+        weights: as given.
+        logit_scale: as given.
+        labels: as given.
+        others: further arrays by name, each with what it is to be; see `repkit.checks.require_arrays`.
+    """
+    arrays = {name: (x, "float b d") for name, x in embeds.items()} | {"logit_scale": (logit_scale, "number")}
+    rows = {"labels": (labels, "int b"), "where": (where, "bool b"), "weights": (weights, "float b")}
+    require_arrays(caller, arrays | others | rows)
+    require_form(caller, form)
+    return embeddings(*embeds.values(), where=where)
 
 
 def pair_products(anchors: Float[Array, "r d"], candidates: Float[Array, "c d"]) -> Float[Array, "r c"]:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from repkit.checks import require_arrays, require_choice
+from repkit.checks import require_choice
 from repkit.losses._memory import LogPartitionMemory, bounded_exp, describe, look_up, remember, require_ids_and_rate
-from repkit.losses._pairs import embeddings, row_products
+from repkit.losses._pairs import require_pairs, row_products
 from repkit.losses._partitions import Partition, mean_positive, pair_partitions, softmax_cross_entropy
 from repkit.losses._sigmoid import sigmoid_sums
-from repkit.losses.form import Blocks, Form, require_form
+from repkit.losses.form import Blocks, Form
 from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, row_count, row_mask
 
 Direction: TypeAlias = Literal["symmetric", "image_to_text", "text_to_image"]
@@ -72,20 +72,16 @@ def info_nce(
         figure 3. Several positives: the mean outside the logarithm, as in Khosla et al., "Supervised Contrastive
         Learning", arXiv 2004.11362, eq. 2.
     """
-    require_arrays(
+    images, texts = require_pairs(
         "info_nce",
-        {
-            "image_embeds": (image_embeds, "float b d"),
-            "text_embeds": (text_embeds, "float b d"),
-            "logit_scale": (logit_scale, "number"),
-            "labels": (labels, "int b"),
-            "where": (where, "bool b"),
-            "weights": (weights, "float b"),
-        },
+        {"image_embeds": image_embeds, "text_embeds": text_embeds},
+        form=form,
+        where=where,
+        weights=weights,
+        logit_scale=logit_scale,
+        labels=labels,
     )
     require_choice("direction", direction, get_args(Direction))
-    require_form("info_nce", form)
-    images, texts = embeddings(image_embeds, text_embeds, where=where)
     partitions = pair_partitions(
         images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
     )
@@ -143,20 +139,16 @@ def in_modal_info_nce(
         Learning", CVPR 2023, arXiv 2303.05952: the terms V2V and T2T of L_Con. The paper prints the original views as
         candidates; the augmented ones are those of CyCLIP's code, arXiv 2205.14459.
     """
-    require_arrays(
+    views, augmented = require_pairs(
         "in_modal_info_nce",
-        {
-            "embeds": (embeds, "float b d"),
-            "augmented_embeds": (augmented_embeds, "float b d"),
-            "logit_scale": (logit_scale, "number"),
-            "labels": (labels, "int b"),
-            "where": (where, "bool b"),
-            "weights": (weights, "float b"),
-        },
+        {"embeds": embeds, "augmented_embeds": augmented_embeds},
+        form=form,
+        where=where,
+        weights=weights,
+        logit_scale=logit_scale,
+        labels=labels,
     )
     require_choice("candidates", candidates, get_args(Candidates))
-    require_form("in_modal_info_nce", form)
-    views, augmented = embeddings(embeds, augmented_embeds, where=where)
     others = augmented if candidates == "augmented" else views
     partition, _ = pair_partitions(
         views, others, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
@@ -218,20 +210,16 @@ def sigmoid_contrastive(
     References:
         Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, eq. 1. The labels are ours.
     """
-    require_arrays(
+    images, texts = require_pairs(
         "sigmoid_contrastive",
-        {
-            "image_embeds": (image_embeds, "float b d"),
-            "text_embeds": (text_embeds, "float b d"),
-            "logit_scale": (logit_scale, "number"),
-            "logit_bias": (logit_bias, "number"),
-            "labels": (labels, "int b"),
-            "where": (where, "bool b"),
-            "weights": (weights, "float b"),
-        },
+        {"image_embeds": image_embeds, "text_embeds": text_embeds},
+        form=form,
+        where=where,
+        weights=weights,
+        logit_scale=logit_scale,
+        labels=labels,
+        logit_bias=(logit_bias, "number"),
     )
-    require_form("sigmoid_contrastive", form)
-    images, texts = embeddings(image_embeds, text_embeds, where=where)
     losses = sigmoid_sums(
         images,
         texts,
@@ -295,20 +283,16 @@ def decoupled_contrastive(
     References:
         Yeh et al., "Decoupled Contrastive Learning", arXiv 2110.06848, eq. 6. Several positives are our choice.
     """
-    require_arrays(
+    images, texts = require_pairs(
         "decoupled_contrastive",
-        {
-            "image_embeds": (image_embeds, "float b d"),
-            "text_embeds": (text_embeds, "float b d"),
-            "logit_scale": (logit_scale, "number"),
-            "labels": (labels, "int b"),
-            "where": (where, "bool b"),
-            "weights": (weights, "float b"),
-        },
+        {"image_embeds": image_embeds, "text_embeds": text_embeds},
+        form=form,
+        where=where,
+        weights=weights,
+        logit_scale=logit_scale,
+        labels=labels,
     )
     require_choice("direction", direction, get_args(Direction))
-    require_form("decoupled_contrastive", form)
-    images, texts = embeddings(image_embeds, text_embeds, where=where)
     partitions = pair_partitions(
         images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name
     )
@@ -391,21 +375,17 @@ def global_contrastive(
         Performance", arXiv 2202.12387, algorithm 1. Several positives and the bound are our choice; the memory is
         updated before it divides, as there.
     """
-    require_arrays(
+    images, texts = require_pairs(
         "global_contrastive",
-        {
-            "image_embeds": (image_embeds, "float b d"),
-            "text_embeds": (text_embeds, "float b d"),
-            "logit_scale": (logit_scale, "number"),
-            "example_id": (example_id, "int b"),
-            "labels": (labels, "int b"),
-            "where": (where, "bool b"),
-            "weights": (weights, "float b"),
-        },
+        {"image_embeds": image_embeds, "text_embeds": text_embeds},
+        form=form,
+        where=where,
+        weights=weights,
+        logit_scale=logit_scale,
+        labels=labels,
+        example_id=(example_id, "int b"),
     )
-    require_form("global_contrastive", form)
     ids, rate = require_ids_and_rate("global_contrastive", example_id, memory_rate)
-    images, texts = embeddings(image_embeds, text_embeds, where=where)
     valid = row_mask(where, images.shape[0])
     partitions = pair_partitions(
         images, texts, logit_scale=logit_scale, labels=labels, where=where, form=form, axis_name=axis_name

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from repkit.checks import require_arrays, require_choice, require_key, require_range
+from repkit.checks import require_choice, require_key, require_range
 from repkit.losses._memory import LogPartitionMemory, bounded_exp, describe, look_up, remember, require_ids_and_rate
-from repkit.losses._pairs import embeddings
+from repkit.losses._pairs import require_pairs
 from repkit.losses._partitions import Foreseen, log_positives, mean_positive, pair_partitions
-from repkit.losses.form import Blocks, Form, require_form
+from repkit.losses.form import Blocks, Form
 from repkit.numerics import (
     AxisName,
     Reduction,
@@ -174,17 +174,15 @@ def gamma_contrastive(
         the bound on the exponent are our choices. The moving average of S is that of Yuan et al., "Provable
         Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387.
     """
-    require_arrays(
+    images, texts = require_pairs(
         "gamma_contrastive",
-        {
-            "image_embeds": (image_embeds, "float b d"),
-            "text_embeds": (text_embeds, "float b d"),
-            "logit_scale": (logit_scale, "number"),
-            "example_id": (example_id, "int b"),
-            "labels": (labels, "int b"),
-            "where": (where, "bool b"),
-            "weights": (weights, "float b"),
-        },
+        {"image_embeds": image_embeds, "text_embeds": text_embeds},
+        form=form,
+        where=where,
+        weights=weights,
+        logit_scale=logit_scale,
+        labels=labels,
+        example_id=(example_id, "int b"),
     )
     require_choice("draw", draw, get_args(Draw))
     require_choice("positive", positive, get_args(Draw))
@@ -195,8 +193,6 @@ def gamma_contrastive(
     if dataset_size is not None:
         require_range("gamma_contrastive", "dataset_size", dataset_size, at_least=2)
 
-    require_form("gamma_contrastive", form)
-    images, texts = embeddings(image_embeds, text_embeds, where=where)
     rows, dtype = images.shape[0], jnp.promote_types(images.dtype, jnp.float32)
     valid = row_mask(where, rows)
     # In what follows the first of two axes is the direction: images as anchors, texts as anchors.

@@ -86,16 +86,29 @@ def test_neighbouring_points_are_compared_with_one_another():
     assert agreeing < opposing / 3
 
 
-finite = jax.jit(
-    jax.value_and_grad(
-        lambda arrays, time, where, weights: losses.brownian_bridge(*arrays, time=time, where=where, weights=weights),
-        (0, 1, 3),
-    ),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+def bridge_at(arrays, time, where, weights):
+    return losses.brownian_bridge(*arrays, time=time, where=where, weights=weights)
+
+
+def bridge_at_sampled_times(arrays, time, where, weights):
+    key = jax.random.fold_in(jax.random.key(0), (100 * time).astype(jnp.int32))
+    return losses.brownian_bridge(*arrays, time="sampled", key=key, where=where, weights=weights)
+
+
+def path_of_two_views(arrays, time, where, weights):
+    images, texts, views = arrays
+    path = jnp.stack([views, time * views], axis=1)
+    return losses.brownian_bridge_path(images, texts, path, times=(0.01, 0.5), where=where, weights=weights)
+
+
+gradients_of = {
+    loss: jax.jit(jax.value_and_grad(loss, (0, 1, 3)), compiler_options={"xla_backend_optimization_level": 0})
+    for loss in (bridge_at, bridge_at_sampled_times, path_of_two_views)
+}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", gradients_of)
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
@@ -105,14 +118,14 @@ finite = jax.jit(
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     mask=st.integers(0, 2**5 - 1),
 )
-def test_value_and_gradient_are_finite(seed, exponent, opposite, time, dtype, mask):
+def test_value_and_gradient_are_finite(loss, seed, exponent, opposite, time, dtype, mask):
     rng = np.random.default_rng(seed)
     arrays = 10.0**exponent * rng.normal(size=(3, 5, 3))
     if opposite:
         arrays[1] = -arrays[0]
     where = np.array([mask >> i & 1 for i in range(5)], bool)
     weights = rng.choice([0.0, 1e-3, 1.0], 5).astype(np.float32)
-    results = jax.device_get(finite(list(arrays.astype(dtype)), np.float32(time), where, weights))
+    results = jax.device_get(gradients_of[loss](list(arrays.astype(dtype)), np.float32(time), where, weights))
     assert all(np.all(np.isfinite(leaf.astype(np.float32))) for leaf in jax.tree.leaves(results))
 
 
