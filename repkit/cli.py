@@ -5,7 +5,6 @@ continues; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 import argparse
-import dataclasses
 import difflib
 import sys
 from collections.abc import Sequence
@@ -162,30 +161,19 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _restored(options: argparse.Namespace):
-    """The run, its experiment, and the parameters of its newest or best checkpoint."""
-    from repkit.recipe import RunDirectory
-    from repkit.train.checkpoint import CheckpointReader
-    from repkit.train.config import make_placement
+def _load(options: argparse.Namespace):
+    from repkit.trained import load_run
 
-    run = RunDirectory(options.run)
-    recipe, config = run.load(options.recipe)
-    experiment = recipe.build(config, run.path)
-    # The devices need not be those of the training.
-    train = dataclasses.replace(config.train, placement="jit", mesh={"data": -1})
-    placement = make_placement(train, experiment.init, experiment.forward, experiment.objective)
-    checkpoints = CheckpointReader(run.checkpoints, best_metric=experiment.best_metric)
-    restored = checkpoints.restore(placement.abstract, checkpoints.best_step() if options.best else None)
-    return run, experiment, restored.state.evaluation_params, restored.step
+    return load_run(options.run, recipe=options.recipe, checkpoint="best" if options.best else "newest")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from repkit.evaluate.results import append_results, format_table
 
-    run, experiment, params, step = _restored(options)
-    results = experiment.evaluate(params)
-    append_results(results, run.path / "results.jsonl")
-    print(f"{run.path} at step {step}")
+    run = _load(options)
+    results = run.experiment.evaluate(run.params)
+    append_results(results, run.directory.path / "results.jsonl")
+    print(f"{run.directory.path} at step {run.step}")
     print(format_table(results))
     return 0
 
@@ -194,11 +182,12 @@ def _plot(options: argparse.Namespace) -> int:
     from repkit.plots import loss_curves
     from repkit.train.logging import read_metrics
 
-    run, experiment, params, _ = _restored(options)
-    run.figures.mkdir(exist_ok=True)
-    curves = run.figures / "loss_curves.png"
-    loss_curves(read_metrics(run.path / "metrics.jsonl"), curves)
-    for path in [curves, *experiment.figures(params, run.figures)]:
+    run = _load(options)
+    figures = run.directory.figures
+    figures.mkdir(exist_ok=True)
+    curves = figures / "loss_curves.png"
+    loss_curves(read_metrics(run.directory.path / "metrics.jsonl"), curves)
+    for path in [curves, *run.experiment.figures(run.params, figures)]:
         print(path)
     return 0
 

@@ -1,4 +1,5 @@
-"""Figures of a run: loss curves, image-text similarities, retrieved examples, and both modalities in the plane.
+"""Figures of a run: loss curves, image-text similarities, retrieved examples, both modalities in the plane, attention
+heads beside those of a teacher; and of a study: methods with their intervals.
 
 Every function writes one PNG and returns the figure. Figures are made without pyplot, so that neither a window nor
 matplotlib's global state is touched. Colours are those of Okabe and Ito and of Tol, which colour-blind people tell
@@ -487,6 +488,89 @@ def _projection_legend(figure: "Figure", groups: Sequence[tuple[str, np.ndarray,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pages, texts and thumbnails
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention heads, and methods
+
+
+def head_alignment(cosines: Mapping[str, Float[np.ndarray, "ht hs"]], path: str | Path) -> "Figure":
+    """Heat maps of the similarity of a teacher's heads (down) and a student's (across), one for each pair of layers.
+
+    A dot marks the student head that each teacher head is most like.
+
+    Args:
+        cosines: title -> cosines in [0, 1], see `repkit.metrics.head_cosines`.
+        path: of the PNG.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: nothing to draw, or matplotlib is not installed.
+    """
+    if not cosines:
+        raise InputError("head alignment: expected at least one pair of layers, got none")
+    columns = min(4, len(cosines))
+    lines = math.ceil(len(cosines) / columns)
+    figure = _figure(2.3 * columns + 0.9, 2.7 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    shown = None
+    for axis, (title, values) in zip(axes, cosines.items(), strict=False):
+        shown = axis.imshow(values, cmap=_colour_map("viridis"), vmin=0, vmax=1, aspect="auto")
+        axis.plot(np.argmax(values, axis=1), np.arange(len(values)), "o", color=VERMILION, markersize=4, mec="white")
+        axis.set_title(title, fontsize=8, color=INK)
+        axis.set_xlabel("student head", fontsize=8, color=GREY)
+        axis.set_ylabel("teacher head", fontsize=8, color=GREY)
+        axis.set_xticks(range(values.shape[1]))
+        axis.set_yticks(range(values.shape[0]))
+        axis.tick_params(labelsize=7, colors=GREY, labelcolor=INK, length=2)
+    for axis in list(axes)[len(cosines) :]:
+        axis.set_axis_off()
+    figure.subplots_adjust(left=0.09, right=0.88, top=0.9, bottom=0.17, wspace=0.45, hspace=0.6)
+    bar = figure.add_axes((0.905, 0.2, 0.018, 0.65))
+    figure.colorbar(shown, cax=bar).outline.set_visible(False)
+    bar.tick_params(labelsize=7, colors=GREY, labelcolor=INK, length=2)
+    bar.set_ylabel("cosine", fontsize=8, color=GREY)
+    return _save(figure, path)
+
+
+def intervals(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[str, float, float]]]], path: str | Path, *, label: str
+) -> "Figure":
+    """Methods with their means and intervals, a panel for each task and a colour for each series.
+
+    Args:
+        panels: title -> series -> (method, mean, half the width of the interval); an infinite width is not drawn.
+        path: of the PNG.
+        label: what is measured, below the horizontal axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: nothing to draw, or matplotlib is not installed.
+    """
+    if not panels:
+        raise InputError("intervals: expected at least one panel, got none")
+    methods = [list(dict.fromkeys(name for rows in series.values() for name, *_ in rows)) for series in panels.values()]
+    figure = _figure(3.6 * len(panels) + 1.2, 0.32 * max(map(len, methods)) + 1.5)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, series), names in zip(axes, panels.items(), methods, strict=True):
+        for index, ((name, rows), colour) in enumerate(zip(series.items(), _cycle(LINES, len(series)), strict=True)):
+            places = [names.index(method) + 0.22 * (index - (len(series) - 1) / 2) for method, *_ in rows]
+            means = [mean for _, mean, _ in rows]
+            widths = [width if math.isfinite(width) else 0.0 for *_, width in rows]
+            axis.errorbar(means, places, xerr=widths, fmt="o", color=colour, markersize=4, linewidth=1.2, label=name)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=9, color=INK)
+        axis.set_xlabel(label, fontsize=8, color=GREY)
+        _style(axis)
+        axis.tick_params(axis="y", labelsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return _save(figure, path)
 
 
 def _figure(width: float, height: float) -> "Figure":

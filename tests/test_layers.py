@@ -25,7 +25,8 @@ ALLOWED = {
     "plots": FOUNDATION | {"metrics"},
     "recipe": FOUNDATION | {"config", "objective", "__init__"},
     "doctor": FOUNDATION | {"losses", "objective", "train", "__init__"},
-    "cli": FOUNDATION | {"config", "recipe", "doctor", "train", "evaluate", "plots"},
+    "trained": FOUNDATION | {"recipe", "train"},
+    "cli": FOUNDATION | {"config", "recipe", "doctor", "train", "trained", "evaluate", "plots"},
     "__init__": set(),
 }
 # The packages that only these rooms or files may import.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from repkit.checks import InputError
-from repkit.plots import loss_curves, projection, retrieved_examples, similarity_heatmap
+from repkit.plots import head_alignment, intervals, loss_curves, projection, retrieved_examples, similarity_heatmap
 
 NAN = math.nan
 
@@ -258,6 +258,33 @@ def test_projection_names_what_does_not_fit(cloud, path):
         projection(image, text[1:], labels, path)
     with pytest.raises(InputError, match="unknown projection method 'tsn'; did you mean 'tsne'"):
         projection(image, text, labels, path, method="tsn")
+
+
+def test_each_pair_of_layers_has_a_heat_map_whose_dots_are_the_best_heads(path):
+    cosines = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
+    figure = head_alignment({f"layer {i}": cosines for i in range(5)}, path)
+    assert is_png(path)
+    drawn = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in drawn] == [f"layer {i}" for i in range(5)]
+    assert drawn[0].lines[0].get_xdata().tolist() == [1, 0, 1]
+    assert drawn[0].lines[0].get_ydata().tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match="at least one pair of layers"):
+        head_alignment({}, path)
+
+
+def test_intervals_stand_beside_their_method_in_its_order(path):
+    rows = {"2 heads": [("ours", 0.5, 0.1), ("none", 0.2, math.inf)], "4 heads": [("none", 0.3, 0.1)]}
+    figure = intervals({"questions": rows, "captions": rows}, path, label="accuracy")
+    assert is_png(path)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["ours", "none"]
+    first, second = axes.containers
+    assert first.lines[0].get_xdata().tolist() == [0.5, 0.2]
+    (segments,) = first.lines[2]
+    assert segments.get_segments()[1][:, 0].tolist() == [0.2, 0.2], "an unknown interval is not drawn"
+    assert abs(second.lines[0].get_ydata()[0] - 1) < 0.5
+    with pytest.raises(InputError, match="at least one panel"):
+        intervals({}, path, label="accuracy")
 
 
 def test_missing_packages_name_the_extra(cloud, path, monkeypatch):

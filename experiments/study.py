@@ -1,0 +1,160 @@
+"""What the studies share: runs that are kept as they finish, and comparisons of methods over paired seeds.
+
+A study is a list of runs, each named by its settings. A finished run is a line of a JSON file; a second call makes the
+runs that are missing. Methods are compared seed by seed, because runs of one seed share their data order and initial
+values, so that their difference varies less than either.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from repkit.checks import InputError
+
+Settings = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        settings: what distinguishes it, such as task, method and seed; JSON values.
+        metrics: what came out; numbers.
+    """
+
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class Runs:
+    """The finished runs of a study, in a file of JSON lines.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> runs = Runs(Path(folder.name) / "runs.jsonl")
+        >>> runs.run({"method": "ours", "seed": 0}, lambda: {"accuracy": 0.5})
+        Run(settings={'method': 'ours', 'seed': 0}, metrics={'accuracy': 0.5})
+        >>> runs.run({"method": "ours", "seed": 0}, lambda: 1 / 0)  # already there
+        Run(settings={'method': 'ours', 'seed': 0}, metrics={'accuracy': 0.5})
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._by_name: dict[str, Run] = {}
+        for run in _read(path) if path.exists() else ():
+            self._by_name[_name(run.settings)] = run
+
+    def __iter__(self):
+        return iter(self._by_name.values())
+
+    def __contains__(self, settings: Settings) -> bool:
+        return _name(settings) in self._by_name
+
+    def run(self, settings: Settings, make: Callable[[], Mapping[str, float]]) -> Run:
+        """The run of these settings: the one that is kept, or a new one, which is kept before it is returned."""
+        name = _name(settings)
+        if name not in self._by_name:
+            run = Run(dict(settings), {metric: float(value) for metric, value in make().items()})
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(run._asdict()) + "\n")
+            self._by_name[name] = run
+        return self._by_name[name]
+
+    def select(self, **settings: Any) -> list[Run]:
+        """The runs whose settings include these."""
+        return [run for run in self if all(run.settings.get(name) == value for name, value in settings.items())]
+
+
+def _read(path: Path) -> Iterable[Run]:
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield Run(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            # A program that was killed while it wrote leaves half of its last line; that run is made again.
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: expected a run as JSON, got '{line[:60]}'") from error
+            path.write_text("".join(f"{kept}\n" for kept in lines[:-1]))
+
+
+def _name(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval.
+
+    Attributes:
+        mean: of the values.
+        half_width: the interval is mean +- half_width; infinite for one value.
+        count: number of values.
+    """
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} ± {self.half_width:.2g}"
+
+    def percent(self) -> str:
+        """A share as a percentage.
+
+        >>> Interval(0.8512, 0.0123, 5).percent()
+        '85.1 ± 1.2'
+        """
+        return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % interval by Student's t.
+
+    >>> interval([1.0, 2.0, 3.0])
+    Interval(mean=2.0, half_width=2.484..., count=3)
+    """
+    x = np.asarray(values, float)
+    if x.size == 0:
+        raise InputError("an interval needs at least one value, got none")
+    if x.size == 1:
+        return Interval(float(x[0]), float("inf"), 1)
+    half_width = stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size)
+    return Interval(float(x.mean()), float(half_width), int(x.size))
+
+
+def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], metric: str, *, pair: str = "seed") -> Interval:
+    """The mean difference `ours - baseline` of a metric over the runs with the same seed.
+
+    Raises:
+        InputError: if no seed has a run on both sides.
+
+    Example:
+        >>> ours = [Run({"seed": seed}, {"accuracy": 0.5 + seed}) for seed in range(3)]
+        >>> baseline = [Run({"seed": seed}, {"accuracy": 0.4 + seed}) for seed in range(2)]
+        >>> print(paired_difference(ours, baseline, "accuracy"))
+        0.1 ± 0
+    """
+    first, second = ({run.settings[pair]: run.metrics[metric] for run in runs} for runs in (ours, baseline))
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        raise InputError(f"no {pair} with a run on both sides: {sorted(first)} and {sorted(second)}")
+    # Differences of equal size leave a spread of the size of rounding, which is none.
+    return interval([round(first[value] - second[value], 12) for value in shared])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    >>> print(markdown_table(["method", "accuracy"], [["ours", "0.5"]]))
+    | method | accuracy |
+    |---|---|
+    | ours | 0.5 |
+    """
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("|---" * len(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
