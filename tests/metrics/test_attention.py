@@ -44,5 +44,5 @@ def test_a_permutation_of_the_same_heads_is_a_permutation_matrix_of_ones():
 
 
 def test_maps_of_other_lengths_are_refused():
-    with pytest.raises(InputError, match="head_cosines: .*q"):
+    with pytest.raises(InputError, match=r"head_cosines: .*q"):
         head_cosines(jnp.asarray(maps(0, 1, 2, 5, 3)), jnp.asarray(maps(0, 1, 2, 4, 3)))
