@@ -14,7 +14,7 @@ def counting_tokens(
     return jnp.broadcast_to(rows, shape) if token_mask is None else token_mask & rows
 
 
-def mask_vectors(x: Float[Array, " b *l d"], counting: Bool[Array, " b *l"]) -> Float[Array, " b *l d"]:
+def mask_vectors(x: Float[Array, " b *l d"], counting: Bool[Array, " b *#l"]) -> Float[Array, " b *l d"]:
     """`x` with 0 for tokens that do not count; they get a zero gradient even if they hold NaN."""
     return jnp.where(counting[..., None], x, jnp.zeros_like(x))
 

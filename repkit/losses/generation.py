@@ -76,7 +76,7 @@ def caption_cross_entropy(
     @jax.checkpoint
     def cross_entropies(logits: Array, epsilon: Array) -> Float[Array, " b"]:
         z = mask_vectors(at_least_float32(logits), counting)
-        is_token = token_ids[..., None] == jnp.arange(z.shape[-1], dtype=token_ids.dtype)
+        is_token = token_ids[..., None] == jnp.arange(z.shape[-1], dtype=token_ids.dtype)[None, None, :]
         own = jnp.sum(jnp.where(is_token, z, jnp.zeros_like(z)), axis=-1)
         values = jax.nn.softplus(masked_logsumexp(z, ~is_token & (z != -jnp.inf)) - own)
         if is_smoothed:
