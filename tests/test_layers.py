@@ -40,6 +40,7 @@ CONFINED = {
     "PIL": {"data"},
     "sklearn": {"data", "evaluate", "plots"},
     "matplotlib": {"plots"},
+    "sacrebleu": {"metrics"},
     "tensorboardX": {"train/logging.py"},
     "tqdm": {"train/logging.py"},
 }

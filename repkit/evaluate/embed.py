@@ -116,12 +116,13 @@ def _embed_batch(forward, params, batch: Batch) -> Batch:
 
 
 def _valid_rows(rows: Batch) -> dict[str, np.ndarray]:
-    on_host = {name: _to_host(value) for name, value in rows.items()}
+    on_host = {name: to_host(value) for name, value in rows.items()}
     where = on_host.pop("where", None)
     return on_host if where is None else {name: value[where] for name, value in on_host.items()}
 
 
-def _to_host(value: Any) -> np.ndarray:
+def to_host(value: Any) -> np.ndarray:
+    """The whole array in this process's memory, where it may be spread over the devices of several."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         from jax.experimental import multihost_utils  # needs a distributed runtime that a single process does not have
 

@@ -16,7 +16,7 @@ class Result:
     Attributes:
         model: the name of the model or run.
         data: the data set and split.
-        task: "retrieval", "zero_shot", "linear_probe", "few_shot".
+        task: "retrieval", "zero_shot", "linear_probe", "few_shot", "answers", "captions", "translations".
         metrics: name -> value; shares are in [0, 1]. `<name>_interval` is half the width of the 95 % interval of
             `<name>`.
     """
@@ -105,7 +105,7 @@ def format_table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
-_SHARE = re.compile(r"(^|/)(R@\d+|top_\d+|accuracy|mean_per_class)$")
+_SHARE = re.compile(r"(^|/)(R@\d+|top_\d+|(vqa_)?accuracy|mean_per_class|exact_match|bleu4)$")
 
 
 def _is_interval(name: str, metrics: dict[str, float]) -> bool:

@@ -17,6 +17,10 @@
 | the same where attention maps are never computed, or too long to hold | `attention_alignment_from_queries_keys` |
 | baselines of these, heads matched by number | `one_to_one_attention`, `mean_head_attention` |
 | baselines of these, heads mixed by learned or given shares | `mixed_head_attention`, `merged_head_attention` |
+| the same from relations between queries, keys or values (MiniLM) | `attention_relation_distillation` |
+| a student that predicts what its teacher predicts | `logit_distillation` |
+| a student whose hidden states are its teacher's | `hidden_state_distillation` |
+| text from a model that generates | `caption_cross_entropy` |
 
 Every loss is called as `loss(arrays, ..., *, hyper-parameters, form, key, where, weights, axis_name, reduction)`; one
 with state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
@@ -42,8 +46,14 @@ from repkit.losses.contrastive import (
     info_nce,
     sigmoid_contrastive,
 )
+from repkit.losses.distillation import (
+    attention_relation_distillation,
+    hidden_state_distillation,
+    logit_distillation,
+)
 from repkit.losses.form import Blocks, Form
 from repkit.losses.gamma import gamma_contrastive, sample_rates
+from repkit.losses.generation import caption_cross_entropy
 from repkit.losses.geometry import geometric_consistency
 from repkit.losses.matching import HardNegatives, hard_negatives
 from repkit.losses.mesh import over_mesh
@@ -58,17 +68,21 @@ __all__ = [
     "MapProjection",
     "attention_alignment_from_queries_keys",
     "attention_map_alignment",
+    "attention_relation_distillation",
     "brownian_bridge",
     "brownian_bridge_path",
+    "caption_cross_entropy",
     "decoupled_contrastive",
     "feature_separation",
     "gamma_contrastive",
     "geometric_consistency",
     "global_contrastive",
     "hard_negatives",
+    "hidden_state_distillation",
     "in_modal_info_nce",
     "info_nce",
     "init_memory",
+    "logit_distillation",
     "mean_head_attention",
     "merged_head_attention",
     "mixed_head_attention",

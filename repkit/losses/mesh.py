@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from repkit.checks import InputError, unknown_name
 from repkit.numerics import AxisName
 
-ROW_ARGUMENTS = frozenset({"where", "weights", "labels", "example_id", "time", "query_where", "key_where"})
+ROW_ARGUMENTS = frozenset(
+    {"where", "weights", "labels", "example_id", "time", "query_where", "key_where", "token_mask"}
+)
 """Keyword arguments of the losses that, as arrays, have one entry per row."""
 
 

@@ -1,6 +1,6 @@
 """What every public loss promises, tested alike for all of them.
 
-A new loss needs a float64 reference in tests/reference/losses.py and one entry, or one per variant, in CASES.
+A new loss needs a float64 reference in tests/reference and one entry, or one per variant, in CASES.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from repkit import losses
 from repkit.checks import InputError
 from repkit.losses.bridge import SAMPLED_TIMES
 from tests.reference import attention as attention_reference
+from tests.reference import distillation as distillation_reference
 from tests.reference import losses as reference
 
 B, D = 16, 6
@@ -39,6 +40,8 @@ class Case:
         reference: of keyword arguments and those at which what the loss holds fixed is computed, to losses [b].
         scalars: differentiable scalar arguments and their values.
         rows: integer and boolean arguments with one entry, or one vector, per row.
+        positional_rows: those among them that are positional, after the arrays.
+        own_widths: each array has its own length of the last axis.
         options: all other arguments; read from a function because they may hold arrays.
         mistakes: pairs of wrong options and a phrase of the message that they must raise.
     """
@@ -50,6 +53,8 @@ class Case:
     domain: Callable[[np.ndarray], np.ndarray] = np.asarray
     scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    positional_rows: tuple[str, ...] = ()
+    own_widths: bool = False
     options: Callable[[], dict[str, Any]] = dict
     mistakes: tuple[tuple[dict[str, Any], str], ...] = ()
 
@@ -186,6 +191,42 @@ def head_case(loss: Callable[..., Any], match: str, **options) -> dict[str, Any]
         "rows": {"query_where": QUERY_WHERE, "key_where": KEY_WHERE},
         "options": lambda: {name: value() if callable(value) else value for name, value in options.items()},
     }
+
+
+# An example without a token that counts, and one with a single token.
+TOKEN_MASK = np.random.default_rng(13).random((B, 3)) < 0.7
+TOKEN_MASK[3] = False
+TOKEN_MASK[4] = [False, True, False]
+TOKEN_IDS = np.random.default_rng(14).integers(0, D, (B, D)).astype(np.int32)
+CAPTION_MASK = np.arange(D) < np.random.default_rng(15).integers(0, D + 1, (B, 1))
+
+
+def distillation_case(
+    loss: Callable[..., Any], arrays: dict[str, tuple[int, ...]], *, has_mask: bool = True, **options
+) -> dict[str, Any]:
+    """The fields of a case of a loss of a student's and a teacher's array."""
+    _, teacher = arrays
+
+    def evaluate(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+        given = {name: value() if callable(value) else value for name, value in options.items()}
+        return getattr(distillation_reference, loss.__name__)(**now | {teacher: held[teacher]}, **given)
+
+    return {
+        "loss": loss,
+        "arrays": arrays,
+        "constants": (teacher,),
+        "reference": evaluate,
+        "rows": {"token_mask": TOKEN_MASK} if has_mask else {},
+        "options": lambda: {name: value() if callable(value) else value for name, value in options.items()},
+    }
+
+
+def caption_reference(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+    return distillation_reference.caption_cross_entropy(**now)
+
+
+def state_projection() -> jax.Array:
+    return jnp.asarray(np.random.default_rng(16).normal(size=(D, D)))
 
 
 def mixer() -> jax.Array:
@@ -516,6 +557,73 @@ CASES = {
     "merged_head_attention, squared": Case(
         **head_case(losses.merged_head_attention, "merged", variant="mse", merging=merging)
     ),
+    "logit_distillation": Case(
+        **distillation_case(losses.logit_distillation, {"student_logits": (3,), "teacher_logits": (3,)}),
+        scalars={"temperature": 0.3},
+        mistakes=(
+            ({"temperature": 0}, "expected temperature > 0"),
+            ({"token_mask": np.ones((B, 2), bool)}, "expected l = 3, as in student_logits, got l = 2 in token_mask"),
+        ),
+    ),
+    "logit_distillation, of whole examples": Case(
+        **distillation_case(losses.logit_distillation, {"student_logits": (), "teacher_logits": ()}, has_mask=False),
+        scalars={"temperature": 2.0},
+        mistakes=(({"token_mask": np.ones((B, 2), bool)}, "expected token_mask to have 1 axes, got 2"),),
+    ),
+    "hidden_state_distillation": Case(
+        **distillation_case(losses.hidden_state_distillation, {"student_states": (3,), "teacher_states": (3,)}),
+        mistakes=(
+            ({"teacher_states": np.ones((B, 3, 9), np.float32)}, "states of two widths need a projection [6, 9]"),
+            ({"projection": np.ones((5, 6), np.float32)}, "expected d = 6, as in student_states, got d = 5 in proj"),
+        ),
+    ),
+    "hidden_state_distillation, projected": Case(
+        **distillation_case(
+            losses.hidden_state_distillation,
+            {"student_states": (3,), "teacher_states": (3,)},
+            projection=state_projection,
+        ),
+    ),
+    "attention_relation_distillation": Case(
+        **distillation_case(
+            losses.attention_relation_distillation,
+            {"student_vectors": (2, 3), "teacher_vectors": (4, 3)},
+            relation_heads=3,
+        ),
+        own_widths=True,
+        mistakes=(
+            ({"relation_heads": 0}, "expected relation_heads >= 1"),
+            ({"relation_heads": 8}, "expected relation_heads to divide the 2 x 6 = 12 features of student_vectors"),
+            (
+                {"teacher_vectors": np.ones((B, 4, 2, D), np.float32)},
+                "expected l = 3, as in student_vectors, got l = 2 in teacher_vectors",
+            ),
+        ),
+    ),
+    "attention_relation_distillation, not masked": Case(
+        **distillation_case(
+            losses.attention_relation_distillation,
+            {"student_vectors": (2, 3), "teacher_vectors": (1, 3)},
+            has_mask=False,
+            relation_heads=1,
+        ),
+    ),
+    "caption_cross_entropy": Case(
+        losses.caption_cross_entropy,
+        {"logits": (D,)},
+        caption_reference,
+        rows={"token_ids": TOKEN_IDS, "token_mask": CAPTION_MASK},
+        positional_rows=("token_ids",),
+        mistakes=(({"label_smoothing": 1.5}, "expected label_smoothing >= 0 and <= 1"),),
+    ),
+    "caption_cross_entropy, smoothed": Case(
+        losses.caption_cross_entropy,
+        {"logits": (D,)},
+        caption_reference,
+        scalars={"label_smoothing": 0.2},
+        rows={"token_ids": TOKEN_IDS},
+        positional_rows=("token_ids",),
+    ),
 }
 # Where a test is about a loss and not about its options, the first case of each loss stands for it: one that draws, if
 # the loss can.
@@ -562,9 +670,10 @@ def make_weights() -> np.ndarray:
 
 def call(case: Case, inputs: Mapping[str, Any], rows: Mapping[str, Any] | None = None, **keywords) -> Any:
     """The loss, as (loss, memory) where it has a memory and as (loss, None) where it has none."""
-    arrays = [inputs[name] for name in case.arrays]
     scalars = {name: inputs[name] for name in case.scalars}
-    result = case.loss(*arrays, **({**scalars, **(rows or case.rows), **case.options()} | keywords))
+    given = {**scalars, **(rows or case.rows), **case.options()} | keywords
+    arrays = [inputs[name] for name in case.arrays] + [given.pop(name) for name in case.positional_rows]
+    result = case.loss(*arrays, **given)
     return result if isinstance(result, tuple) else (result, None)
 
 
@@ -626,7 +735,7 @@ def test_signature(name):
     kinds = [parameter.kind for parameter in parameters.values()]
     positional = [each for each, kind in zip(parameters, kinds, strict=True) if kind != inspect.Parameter.KEYWORD_ONLY]
     keywords = list(parameters)[len(positional) :]
-    assert positional == list(LOSSES[name].arrays)
+    assert positional == [*LOSSES[name].arrays, *LOSSES[name].positional_rows]
     assert keywords[-4:] == ["where", "weights", "axis_name", "reduction"]
     assert [parameters[each].default for each in keywords[-4:]] == [None, None, None, "mean"]
     assert "key" not in keywords or keywords[-5] == "key"
@@ -665,17 +774,19 @@ def test_annotations_hold_and_no_dtype_or_rank_is_promoted(name):
 def test_shapes_that_do_not_fit_are_refused_by_name(name):
     case = LOSSES[name]
     inputs = cast(make_inputs(case), jnp.float32)
-    first, second = list(case.arrays)[:2]
-    x = inputs[second]
+    first, second = [*case.arrays, *case.positional_rows][:2]
+    x = jnp.asarray((inputs | case.rows)[second])
+    other, kind = (jnp.int32, "float") if second in case.arrays else (jnp.float32, "int")
+    width = (x[..., :-1], rf"expected \w+ = {D}, as in {first}, got \w+ = {D - 1} in {second}")
     for wrong, message in (
-        (x[..., :-1], rf"expected \w+ = {D}, as in {first}, got \w+ = {D - 1} in {second}"),
+        *(() if case.own_widths else (width,)),
         (x[:-1], f"expected b = {B}, as in {first}, got b = {B - 1} in {second}"),
         (x[0], f"expected {second} to have {x.ndim} axes"),
-        (x.astype(jnp.int32), f"expected {second} to hold float values"),
+        (x.astype(other), f"expected {second} to hold {kind} values"),
         (x.tolist(), f"expected {second} to be an array, got list"),
     ):
         with pytest.raises(InputError, match=f"^{name}: .*{message}") as caught:
-            call(case, inputs | {second: wrong})
+            call(case, inputs | {second: wrong}, {**case.rows, second: wrong} if second in case.rows else case.rows)
         shape = ", ".join(map(str, inputs[first].shape))
         assert f"{first}: float32[{shape}]" in str(caught.value), "the message shows all arguments"
     for option, wrong, message in (
