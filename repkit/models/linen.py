@@ -2,15 +2,16 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.module import InterceptorContext
 from jaxtyping import Array, Key
 
 from repkit.checks import InputError
-from repkit.models.capture import NOTHING, Capture, captured_outputs, require_known_attention, shown_attention
+from repkit.models.capture import NOTHING, Capture, Wanted, captured_outputs, require_known_attention, shown_attention
 from repkit.models.functional import Batch, Model, Outputs, Params, rows_of
 
 _COLLECTION = "intermediates"
@@ -72,7 +73,9 @@ def linen_model(
         return module.init(key, example, deterministic=True, method=call)
 
     attention, modules = _layers_called(initialise)
-    wanted = capture.among(attention, modules)
+    wanted = capture.among(tuple(attention), modules)
+    for path in wanted.get("attention", ()):
+        require_known_attention(path, attention[path], nn.dot_product_attention)
 
     def init(key: Key[Array, ""]) -> Params:
         return initialise(key)["params"]
@@ -88,23 +91,25 @@ def linen_model(
         )
         if not wanted:
             return apply()
-        with nn.intercept_methods(functools.partial(_show, wanted)):
+        with nn.intercept_methods(functools.partial(_show, wanted, attention)):
             outputs, sown = apply(mutable=[_COLLECTION])
         return outputs | captured_outputs(_shown_by(sown.get(_COLLECTION, {})), wanted, rows_of(batch))
 
     return Model(init, forward)
 
 
-def _layers_called(initialise: Callable[[Key[Array, ""]], dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """The paths of the attention layers and of all modules that are called as functions."""
+def _layers_called(
+    initialise: Callable[[Key[Array, ""]], dict[str, Any]],
+) -> tuple[dict[str, Callable[..., Array]], tuple[str, ...]]:
+    """The attention functions of attention layers by path, and the paths of all modules that are called."""
     attention, modules = {}, {}
 
-    def note(next_function: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def note(next_function: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
         path = ".".join(context.module.path)
         if context.method_name == "__call__" and path:
             modules[path] = None
             if isinstance(context.module, nn.MultiHeadDotProductAttention):
-                attention[path] = None
+                attention[path] = context.module.attention_fn
         return next_function(*args, **kwargs)
 
     with nn.intercept_methods(note):
@@ -114,22 +119,23 @@ def _layers_called(initialise: Callable[[Key[Array, ""]], dict[str, Any]]) -> tu
             f"every variable of the model must be a parameter, but it has {', '.join(others)}; "
             "state does not pass through forward"
         )
-    return list(attention), list(modules)
+    return attention, tuple(modules)
 
 
 def _show(
-    wanted: dict[str, tuple[str, ...]],
+    wanted: Wanted,
+    attention: dict[str, Callable[..., Array]],
     next_function: Callable[..., Any],
     args: Any,
     kwargs: Any,
-    context: nn.module.InterceptorContext,
+    context: InterceptorContext,
 ) -> Any:
     """Calls a method of a module, which sows what is wanted of it."""
     module, path = context.module, ".".join(context.module.path)
     names = tuple(name for name, paths in wanted.items() if path in paths)
     if context.method_name != "__call__" or not names:
         return next_function(*args, **kwargs)
-    with _showing_attention(module, path, names):
+    with _showing(module, attention[path], names) if names != ("hidden",) else nullcontext():
         output = next_function(*args, **kwargs)
     if "hidden" in names:
         module.sow(_COLLECTION, f"{_PREFIX}hidden", output)
@@ -137,14 +143,8 @@ def _show(
 
 
 @contextmanager
-def _showing_attention(module: nn.Module, path: str, names: tuple[str, ...]) -> Iterator[None]:
-    """Lets a flax layer sow what it hands to its attention function."""
-    if names == ("hidden",):
-        yield
-        return
-    attention_fn = module.attention_fn
-    if "attention" in names:
-        require_known_attention(path, attention_fn, nn.dot_product_attention)
+def _showing(module: Any, attention_fn: Callable[..., Array], names: tuple[str, ...]) -> Iterator[None]:
+    """Lets an attention layer sow what it hands to its attention function."""
 
     @functools.wraps(attention_fn)
     def shown(query: Array, key: Array, value: Array, **keywords: Any) -> Array:
@@ -152,12 +152,14 @@ def _showing_attention(module: nn.Module, path: str, names: tuple[str, ...]) -> 
             module.sow(_COLLECTION, _PREFIX + name, values)
         return attention_fn(query, key, value, **keywords)
 
-    # A bound module takes no attributes of its own; this one lives for the call only.
+    # Linen refuses to set an attribute of a bound module. Under `nn.remat` a layer is called twice, from outside and
+    # within, and the function of the inner call, which is the one to sow, takes the place of the outer one's.
+    before = module.attention_fn
     object.__setattr__(module, "attention_fn", shown)
     try:
         yield
     finally:
-        object.__setattr__(module, "attention_fn", attention_fn)
+        object.__setattr__(module, "attention_fn", before)
 
 
 def _shown_by(sown: dict[str, Any]) -> dict[tuple[str, str], Any]:
