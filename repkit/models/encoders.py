@@ -8,11 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from repkit.checks import InputError, unknown_name
-from repkit.models.layers import Block, Dense, LayerNorm, causal_mask, dropout, fold, padding_mask
-
-_embedding_init = nnx.initializers.normal(0.02)
-
-Dtype = Literal["float32", "bfloat16"]
+from repkit.models.embeddings import Dtype, embed, embedding, patches
+from repkit.models.layers import Block, Dense, LayerNorm, call, causal_mask, dropout, fold, padding_mask
 
 
 class Encoded(NamedTuple):
@@ -27,7 +24,8 @@ class Encoded(NamedTuple):
     tokens: Float[Array, "b n width"]
 
 
-def _require_positive(config: object, *names: str) -> None:
+def require_positive(config: object, *names: str) -> None:
+    """Raises `InputError` unless these fields of a configuration are at least 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -59,7 +57,7 @@ class TransformerConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "width", "depth", "heads", "mlp_ratio")
+        require_positive(self, "width", "depth", "heads", "mlp_ratio")
         if self.width % self.heads:
             raise InputError(f"width must be a multiple of heads, got width={self.width}, heads={self.heads}")
         if not 0 <= self.dropout < 1:
@@ -93,7 +91,7 @@ class VisionConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "image_size", "patch_size")
+        require_positive(self, "image_size", "patch_size")
         if self.image_size % self.patch_size:
             raise InputError(
                 "image_size must be a multiple of patch_size, "
@@ -125,7 +123,7 @@ class TextConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "vocabulary_size", "max_length")
+        require_positive(self, "vocabulary_size", "max_length")
         if self.pooling not in ("mean", "eos", "cls"):
             raise unknown_name("pooling", self.pooling, ("mean", "eos", "cls"))
         if self.causal and self.pooling == "cls":
@@ -167,7 +165,7 @@ class Transformer(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b n width"]:
         tokens = dropout(tokens, self.dropout, fold(key, len(self.blocks)))
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        run = nnx.remat(call) if self.remat else call
         for index, block in enumerate(self.blocks):
             tokens = run(block, tokens, mask, fold(key, index))
         return self.norm(tokens)
@@ -186,11 +184,11 @@ class VisionTransformer(Transformer):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.config = config
-        patches = (config.image_size // config.patch_size) ** 2
+        patch_count = (config.image_size // config.patch_size) ** 2
         self.patch_embedding = Dense(3 * config.patch_size**2, config.width, dtype=config.dtype, rngs=rngs)
-        self.positions = _embedding(rngs, patches + (config.pooling == "cls"), config.width)
+        self.positions = embedding(rngs, patch_count + (config.pooling == "cls"), config.width)
         if config.pooling == "cls":
-            self.cls = _embedding(rngs, 1, config.width)
+            self.cls = embedding(rngs, 1, config.width)
 
     def __call__(self, image: UInt8[Array, "b h w 3"], *, key: Key[Array, ""] | None = None) -> Encoded:
         """Encodes images.
@@ -202,15 +200,7 @@ class VisionTransformer(Transformer):
         Raises:
             InputError: for images of another shape or dtype.
         """
-        size, patch = self.config.image_size, self.config.patch_size
-        if image.shape[1:] != (size, size, 3) or image.dtype != jnp.uint8:
-            raise InputError(
-                f"the images must be uint8 of shape [b {size} {size} 3], got {image.dtype} of shape {list(image.shape)}"
-            )
-        across = size // patch
-        pixels = image.reshape(len(image), across, patch, across, patch, 3).swapaxes(2, 3)
-        pixels = pixels.reshape(len(image), across**2, 3 * patch**2).astype(self.config.dtype)
-        tokens = self.patch_embedding(pixels / 127.5 - 1.0)
+        tokens = self.patch_embedding(patches(image, self.config.image_size, self.config.patch_size, self.config.dtype))
         if self.config.pooling == "cls":
             cls = jnp.broadcast_to(self.cls[...].astype(tokens.dtype), (len(tokens), 1, self.config.width))
             tokens = jnp.concatenate([cls, tokens], axis=1)
@@ -232,8 +222,8 @@ class TextTransformer(Transformer):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.config = config
-        self.token_embedding = _embedding(rngs, config.vocabulary_size, config.width)
-        self.positions = _embedding(rngs, config.max_length, config.width)
+        self.token_embedding = embedding(rngs, config.vocabulary_size, config.width)
+        self.positions = embedding(rngs, config.max_length, config.width)
 
     def __call__(
         self, token_ids: Int[Array, "b l"], token_mask: Bool[Array, "b l"], *, key: Key[Array, ""] | None = None
@@ -256,8 +246,7 @@ class TextTransformer(Transformer):
         length = token_ids.shape[1]
         if length > self.config.max_length:
             raise InputError(f"a text has at most max_length={self.config.max_length} tokens, got {length}")
-        embedded = jnp.take(self.token_embedding[...], token_ids, axis=0, mode="fill", fill_value=jnp.nan)
-        tokens = (embedded + self.positions[:length]).astype(self.config.dtype)
+        tokens = (embed(self.token_embedding[...], token_ids) + self.positions[:length]).astype(self.config.dtype)
         mask = padding_mask(token_mask)
         if self.config.causal:
             mask = mask & causal_mask(length)
@@ -277,7 +266,3 @@ def _pool(
         pooled = token_mask & (real_from_here == 1)
     weights = pooled / jnp.maximum(pooled.sum(1, keepdims=True), 1)
     return jnp.einsum("bl,bld->bd", weights.astype(jnp.float32), tokens.astype(jnp.float32))
-
-
-def _embedding(rngs: nnx.Rngs, rows: int, width: int) -> nnx.Param[Array]:
-    return nnx.Param(_embedding_init(rngs.params(), (rows, width), jnp.float32))

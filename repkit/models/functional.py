@@ -3,22 +3,26 @@
 Training, checkpoints and sharding rules see `init`, `forward` and readable parameter paths, and nothing of Flax.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from repkit.checks import InputError
-from repkit.models.layers import Attention
+from repkit.models.capture import NOTHING, Capture, attention_layers, captured_outputs, show, shown_by
+from repkit.models.layers import Captured
 
 Params = dict[str, Any]
 """Parameters as nested dicts of arrays; joined with "/", the keys read like `image/blocks/0/attention/query/kernel`."""
 
 Batch = Mapping[str, Array]
 Outputs = dict[str, Any]
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+ModelT = TypeVar("ModelT", bound=Any)
 
 
 class Model(NamedTuple):
@@ -34,22 +38,21 @@ class Model(NamedTuple):
     forward: Callable[[Params, Batch, Key[Array, ""] | None], Outputs]
 
 
-def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Sequence[str] = ()) -> Model:
+def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Capture = NOTHING) -> Model:
     """Makes pure functions of an NNX module; no weight is made on the way.
 
     Args:
         build: makes the module, for instance `lambda rngs: TwoTower(config, rngs=rngs)`. The module is called as
             `module(batch, key=key)`, returns a dict, and keeps no variables but parameters.
-        capture: attention layers whose maps are wanted, as dotted paths in which `*` and `?` stand for any text, such
-            as "text.blocks.*.attention"; see `attention_paths`.
+        capture: what its layers show beside the outputs; `attention_paths` lists the attention layers.
 
     Returns:
-        The model. With `capture`, its outputs hold `outputs["attention"][path]`, [b heads q k] float32, for each layer
-        that matches and took part. Where a layer sees several views of an example, as consecutive rows or in several
-        runs, the first counts. The other outputs are those of the model without `capture`, and no other map is kept.
+        The model. With `capture`, its outputs hold what was asked for, for each layer that matches and took part.
+        Where a layer sees several views of an example, as consecutive rows or in several runs, the first counts. The
+        other outputs are those of the model without `capture`, and nothing else is kept.
 
     Raises:
-        InputError: if a path matches no attention layer, or the module has variables that are not parameters.
+        InputError: if a path matches nothing, or the module has variables that are not parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -65,25 +68,86 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Sequence[str
         {'scaled': Array([1., 2.], dtype=float32)}
     """
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    layers = dict(_attention_layers(module))
-    captured = _matching(capture, tuple(layers))
-    for path in captured:
-        layers[path].capture_map = True
-    structure, state = nnx.split(module)
-    _require_only_parameters(state)
+    wanted = show(module, capture)
+    restore = _restorer(module)
 
     def init(key: Key[Array, ""]) -> Params:
         return parameters(build(nnx.Rngs(key)))
 
     def forward(params: Params, batch: Batch, key: Key[Array, ""] | None) -> Outputs:
-        module = nnx.merge(structure, nnx.restore_int_paths(params))
-        if not captured:
+        module = restore(params)
+        if not wanted:
             return module(batch, key=key)
-        outputs, sown = nnx.capture(module, nnx.Intermediate)(batch, key=key)
-        rows = len(next(iter(batch.values())))
-        return outputs | {"attention": _attention_maps(sown, captured, rows)}
+        outputs, sown = nnx.capture(module, Captured)(batch, key=key)
+        return outputs | captured_outputs(shown_by(sown), wanted, rows_of(batch))
 
     return Model(init, forward)
+
+
+def restorer(build: Callable[[nnx.Rngs], ModuleT]) -> Callable[[Params], ModuleT]:
+    """A function from parameters to the module that has them, for what `forward` does not do.
+
+    Example:
+        >>> restore = restorer(lambda rngs: nnx.Linear(1, 2, rngs=rngs))
+        >>> restore({"kernel": jax.numpy.ones((1, 2)), "bias": jax.numpy.ones(2)})(jax.numpy.ones(1))
+        Array([2., 2.], dtype=float32)
+    """
+    return _restorer(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+
+def with_learned(model: ModelT, learned: Mapping[str, Callable[[Key[Array, ""]], Any]]) -> ModelT:
+    """Gives a model parameters that a loss learns, such as a projection between hidden states.
+
+    They are trained, sharded and saved with the others, as `params["learned"][name]`, and handed out as
+    `outputs["learned"][name]`, so that a term takes them by path.
+
+    Args:
+        model: a `Model`, or another named tuple of `init`, `forward` and functions whose first argument is the
+            parameters. The parameters are a dict.
+        learned: from name to the function that makes the initial value of a typed key.
+
+    Returns:
+        The model with them. Its other parameters and outputs are as before, for the same key.
+
+    Raises:
+        InputError: when it runs, if the model learns something of one of these names already.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> double = Model(lambda key: {}, lambda params, batch, key: {"doubled": 2 * batch["x"]})
+        >>> model = with_learned(double, {"projection": lambda key: jnp.eye(2)})
+        >>> params = model.init(jax.random.key(0))
+        >>> params["learned"]["projection"].shape
+        (2, 2)
+        >>> list(model.forward(params, {"x": jnp.ones(2)}, None))
+        ['doubled', 'learned']
+    """
+
+    def init(key: Key[Array, ""]) -> Params:
+        params = model.init(key)
+        added = {name: make(jax.random.fold_in(key, zlib.crc32(name.encode()))) for name, make in learned.items()}
+        return params | {"learned": _disjoint(params.get("learned", {}), added)}
+
+    def own(params: Params) -> Params:
+        others = {name: value for name, value in params["learned"].items() if name not in learned}
+        rest = {name: value for name, value in params.items() if name != "learned"}
+        return rest | {"learned": others} if others else rest
+
+    def forward(params: Params, batch: Batch, key: Key[Array, ""] | None) -> Outputs:
+        outputs = model.forward(own(params), batch, key)
+        added = {name: params["learned"][name] for name in learned}
+        return outputs | {"learned": _disjoint(outputs.get("learned", {}), added)}
+
+    def of_own(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *arguments, **keywords: function(own(params), *arguments, **keywords)
+
+    others = {name: of_own(getattr(model, name)) for name in model._fields if name not in ("init", "forward")}
+    return model._replace(init=init, forward=forward, **others)
+
+
+def rows_of(batch: Batch) -> int:
+    """The number of examples in a batch."""
+    return len(next(iter(batch.values())))
 
 
 def parameters(module: nnx.Module) -> Params:
@@ -105,30 +169,19 @@ def attention_paths(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[str, ...]:
         >>> attention_paths(lambda rngs: TextTransformer(config, rngs=rngs))
         ('blocks.0.attention', 'blocks.1.attention')
     """
-    return tuple(path for path, _ in _attention_layers(nnx.eval_shape(lambda: build(nnx.Rngs(0)))))
+    return tuple(path for path, _ in attention_layers(nnx.eval_shape(lambda: build(nnx.Rngs(0)))))
 
 
-def _attention_layers(module: nnx.Module) -> Iterator[tuple[str, Attention]]:
-    for path, layer in nnx.iter_modules(module):
-        if isinstance(layer, Attention):
-            yield ".".join(map(str, path)), layer
+def _restorer(module: ModuleT) -> Callable[[Params], ModuleT]:
+    structure, state = nnx.split(module)
+    _require_only_parameters(state)
+    return lambda params: nnx.merge(structure, nnx.restore_int_paths(params))
 
 
-def _matching(patterns: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            near = difflib.get_close_matches(pattern, paths, n=4, cutoff=0.0)
-            raise InputError(
-                f"capture path '{pattern}' matches no attention layer; "
-                f"near ones: {', '.join(near) if near else 'none, the model has no attention layers'}"
-            )
-    return tuple(path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns))
-
-
-def _attention_maps(sown: nnx.State, paths: Sequence[str], rows: int) -> dict[str, Float[Array, "b heads q k"]]:
-    by_path = {".".join(map(str, path[:-1])): maps.get_value()[0] for path, maps in nnx.to_flat_state(sown)}
-    views = {path: by_path[path].reshape(rows, -1, *by_path[path].shape[1:]) for path in paths if path in by_path}
-    return {path: maps[:, 0] for path, maps in views.items()}
+def _disjoint(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    if taken := sorted(first.keys() & second.keys()):
+        raise InputError(f"the model already learns {', '.join(taken)}; give it another name")
+    return {**first, **second}
 
 
 def _require_only_parameters(state: nnx.State) -> None:

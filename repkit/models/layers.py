@@ -1,5 +1,7 @@
 """Transformer layers: parameters in float32, arithmetic in a chosen dtype, randomness only from an explicit key."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,27 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 _kernel_init = nnx.initializers.xavier_uniform()
+
+
+class Captured(nnx.Variable):
+    """What a layer shows of itself beside its output; see `repkit.models.capture`."""
+
+
+class KeysValues(NamedTuple):
+    """What attention looks at: the keys and values of a context.
+
+    Attributes:
+        keys: [b k heads head_dim].
+        values: [b k heads head_dim].
+    """
+
+    keys: Float[Array, "b k heads head_dim"]
+    values: Float[Array, "b k heads head_dim"]
+
+
+def call(module: nnx.Module, *arguments: Any) -> Any:
+    """`module(*arguments)`, as a function that `nnx.remat` takes."""
+    return module(*arguments)
 
 
 def fold(key: Key[Array, ""] | None, index: int) -> Key[Array, ""] | None:
@@ -108,8 +131,8 @@ class LayerNorm(nnx.LayerNorm):
 class Attention(nnx.Module):
     """Multi-head attention, `output(softmax(Q K' / sqrt(d)) V)`; cross-attention when a context is given.
 
-    With `capture_map` set, the map [b heads q k] is sown as `nnx.Intermediate` "attention_map";
-    `repkit.models.functional` sets it on the layers asked for.
+    `captured` names what is sown as `Captured` beside the output: "attention", the map [b heads q k]; "queries" and
+    "keys" [b heads l head_dim], not yet scaled. `repkit.models.functional` sets it on the layers asked for.
 
     Args:
         width: features of the tokens; a multiple of `heads`.
@@ -122,7 +145,7 @@ class Attention(nnx.Module):
     def __init__(self, width: int, heads: int, *, context_width: int | None = None, dtype: DTypeLike, rngs: nnx.Rngs):
         context_width = width if context_width is None else context_width
         self.heads = heads
-        self.capture_map = False
+        self.captured: tuple[str, ...] = ()
         self.query = Dense(width, width, dtype=dtype, rngs=rngs)
         self.key = Dense(context_width, width, dtype=dtype, rngs=rngs)
         self.value = Dense(context_width, width, dtype=dtype, rngs=rngs)
@@ -135,12 +158,28 @@ class Attention(nnx.Module):
         *,
         mask: Bool[Array, "#b #heads #q #k"] | None = None,
     ) -> Float[Array, "b q width"]:
-        context = tokens if context is None else context
-        value = self._split_heads(self.value(context))
-        probabilities = attention_map(self._split_heads(self.query(tokens)), self._split_heads(self.key(context)), mask)
-        if self.capture_map:
-            self.sow(nnx.Intermediate, "attention_map", probabilities)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
+        return self.attend(tokens, self.keys_values(tokens if context is None else context), mask=mask)
+
+    def keys_values(self, context: Float[Array, "b k context_width"]) -> KeysValues:
+        """What `attend` looks at; in decoding it is made once for each token of the context."""
+        return KeysValues(self._split_heads(self.key(context)), self._split_heads(self.value(context)))
+
+    def attend(
+        self,
+        tokens: Float[Array, "b q width"],
+        seen: KeysValues,
+        *,
+        mask: Bool[Array, "#b #heads #q #k"] | None = None,
+    ) -> Float[Array, "b q width"]:
+        """Attention of tokens to the keys and values of a context."""
+        query = self._split_heads(self.query(tokens))
+        probabilities = attention_map(query, seen.keys, mask)
+        if "attention" in self.captured:
+            self.sow(Captured, "attention", probabilities)
+        if "queries" in self.captured:
+            self.sow(Captured, "queries", query.swapaxes(1, 2))
+            self.sow(Captured, "keys", seen.keys.swapaxes(1, 2))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(seen.values.dtype), seen.values)
         return self.output(mixed.reshape(tokens.shape))
 
     def _split_heads(self, values: Float[Array, "b l width"]) -> Float[Array, "b l heads head_dim"]:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from repkit.checks import InputError
+from repkit.models.capture import NOTHING, Capture
 from repkit.models.encoders import Encoded, TextConfig, TextTransformer, VisionConfig, VisionTransformer
 from repkit.models.functional import Batch, Model, Outputs, functional
 from repkit.models.layers import Dense, fold
@@ -118,25 +119,24 @@ class TwoTower(nnx.Module):
         }
 
 
-def two_tower(config: TwoTowerConfig, *, capture: Sequence[str] = ()) -> Model:
+def two_tower(config: TwoTowerConfig, *, capture: Capture = NOTHING) -> Model:
     """The two-tower model as pure functions.
 
     Args:
         config: the model.
-        capture: attention layers whose maps are wanted, such as "text.blocks.*.attention"; see
-            `repkit.models.functional.functional`.
+        capture: what its layers show beside the outputs, such as `Capture(maps=["text.blocks.*.attention"])`.
 
     Returns:
         `init(key) -> params` and `forward(params, batch, key) -> outputs`; the outputs are those of `TwoTower`.
 
     Raises:
-        InputError: if a path of `capture` matches no attention layer.
+        InputError: if a path of `capture` matches nothing.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> image = VisionConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2)
         >>> text = TextConfig(vocabulary_size=9, max_length=5, width=16, depth=1, heads=2)
-        >>> model = two_tower(TwoTowerConfig(image=image, text=text, embed_dim=8), capture=["image.*"])
+        >>> model = two_tower(TwoTowerConfig(image=image, text=text, embed_dim=8), capture=Capture(maps=["image.*"]))
         >>> params = model.init(jax.random.key(0))
         >>> outputs = model.forward(params, {"image": jnp.zeros((3, 8, 8, 3), jnp.uint8)}, None)
         >>> outputs["image"]["embeds"].shape, outputs["attention"]["image.blocks.0.attention"].shape

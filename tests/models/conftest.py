@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from repkit.models import Model, TextConfig, TwoTowerConfig, VisionConfig, two_tower
+from repkit.models import Capture, Model, TextConfig, TwoTowerConfig, VisionConfig, two_tower
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +28,15 @@ def tiny_config():
 
 
 @functools.cache
-def _compiled(config, capture):
-    model = two_tower(config, capture=capture)
+def _compiled(config, maps):
+    model = two_tower(config, capture=Capture(maps=maps))
     return Model(jax.jit(model.init), jax.jit(model.forward))
 
 
 @pytest.fixture(scope="session")
 def compiled():
-    """`compiled(config, *capture)`: `two_tower` under jit; one object for a model, so that it compiles once."""
-    return lambda config, *capture: _compiled(config, capture)
+    """`compiled(config, *maps)`: `two_tower` under jit; one object for a model, so that it compiles once."""
+    return lambda config, *maps: _compiled(config, maps)
 
 
 @pytest.fixture(scope="session")

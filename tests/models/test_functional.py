@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repkit.checks import InputError
-from repkit.models import TwoTower, attention_paths, functional, parameters, two_tower
+from repkit.models import Capture, Model, TwoTower, attention_paths, functional, parameters, two_tower, with_learned
 
 TEXT_LAYERS = ("text.blocks.0.attention", "text.blocks.1.attention")
 
@@ -78,7 +78,7 @@ def test_views_and_maps_stay_on_the_device_that_has_their_example(tiny_config, t
     by_row, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     images = jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8, sharding=by_row)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), tiny_params)
-    forward = jax.jit(two_tower(tiny_config, capture=["image.*"]).forward)
+    forward = jax.jit(two_tower(tiny_config, capture=Capture(maps=["image.*"])).forward)
     program = forward.lower(params, {"image": images, "augmented_image": images}, None).compile().as_text()
     for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
         assert collective not in program
@@ -139,7 +139,7 @@ def test_capturing_adds_the_maps_asked_for_and_changes_nothing_else(
 
 def test_capturing_works_without_jit(tiny_config, tiny_params, tiny_batch, compiled):
     text = {name: tiny_batch[name] for name in ("token_ids", "token_mask")}
-    maps = two_tower(tiny_config, capture=TEXT_LAYERS).forward(tiny_params, text, None)["attention"]
+    maps = two_tower(tiny_config, capture=Capture(maps=TEXT_LAYERS)).forward(tiny_params, text, None)["attention"]
     expected = compiled(tiny_config, *TEXT_LAYERS).forward(tiny_params, text, None)["attention"]
     assert_close(maps, expected, atol=1e-6)
 
@@ -154,7 +154,7 @@ def test_captured_maps_are_those_of_the_unaugmented_view(tiny_config, tiny_param
 
 
 def test_gradients_flow_through_captured_maps(tiny_config, tiny_params, tiny_batch):
-    model = two_tower(with_text(tiny_config, remat=True, dtype="bfloat16"), capture=[TEXT_LAYERS[1]])
+    model = two_tower(with_text(tiny_config, remat=True, dtype="bfloat16"), capture=Capture(maps=[TEXT_LAYERS[1]]))
     text = {name: tiny_batch[name] for name in ("token_ids", "token_mask")}
 
     @jax.jit
@@ -170,7 +170,9 @@ def test_gradients_flow_through_captured_maps(tiny_config, tiny_params, tiny_bat
 
 def test_only_the_layers_asked_for_leave_the_model(tiny_config, tiny_params, tiny_batch):
     def maps_out(*capture):
-        traced = jax.make_jaxpr(two_tower(tiny_config, capture=capture).forward)(tiny_params, tiny_batch, None)
+        traced = jax.make_jaxpr(two_tower(tiny_config, capture=Capture(maps=capture)).forward)(
+            tiny_params, tiny_batch, None
+        )
         return [aval.shape for aval in traced.out_avals if len(aval.shape) == 4]
 
     assert maps_out() == []
@@ -190,7 +192,7 @@ def test_attention_paths_lists_what_can_be_captured(tiny_config):
 
 def test_a_path_that_matches_nothing_is_refused_with_near_ones(tiny_config):
     with pytest.raises(InputError, match=r"'text\.block\.0\.attention' matches no .*near ones: text\.blocks\.0\."):
-        two_tower(tiny_config, capture=["image.*", "text.block.0.attention"])
+        two_tower(tiny_config, capture=Capture(maps=["image.*", "text.block.0.attention"]))
 
 
 def test_a_model_with_other_state_is_refused():
@@ -200,3 +202,31 @@ def test_a_model_with_other_state_is_refused():
 
     with pytest.raises(InputError, match=r"norm\.(mean|var) is BatchStat"):
         functional(Normalised)
+
+
+def test_learned_parameters_ride_along(tiny_config, tiny_params, tiny_batch):
+    model = two_tower(tiny_config)
+    projection = jax.nn.initializers.normal(1.0)
+    learning = with_learned(model, {"projection": lambda key: projection(key, (4, 5)), "mixer": lambda key: jnp.eye(2)})
+    params = jax.jit(learning.init)(jax.random.key(1))
+    assert_close({name: part for name, part in params.items() if name != "learned"}, tiny_params, atol=1e-6)
+    images = {"image": tiny_batch["image"]}
+    outputs = learning.forward(params, images, None)
+    assert_close(outputs.pop("learned"), params["learned"])
+    assert_close(outputs, model.forward(tiny_params, images, None), atol=1e-5)
+    other = learning.init(jax.random.key(2))["learned"]["projection"]
+    assert np.abs(params["learned"]["projection"] - other).max() > 0.1
+    gradient = jax.grad(lambda params: (learning.forward(params, images, None)["learned"]["mixer"] ** 2).sum())(params)
+    np.testing.assert_array_equal(gradient["learned"]["mixer"], 2 * np.eye(2))
+
+
+def test_a_model_learns_in_several_layers_of_names():
+    base = Model(lambda key: {"w": jnp.ones(2)}, lambda params, batch, key: {"y": params["w"] * batch["x"]})
+    first = with_learned(base, {"one": lambda key: jnp.ones(1)})
+    second = with_learned(first, {"two": lambda key: jnp.full(1, 2.0)})
+    params = second.init(jax.random.key(0))
+    outputs = second.forward(params, {"x": jnp.ones(2)}, None)
+    assert set(params) == {"w", "learned"}
+    assert {name: float(value[0]) for name, value in outputs["learned"].items()} == {"one": 1.0, "two": 2.0}
+    with pytest.raises(InputError, match="already learns one"):
+        with_learned(first, {"one": lambda key: jnp.ones(1)}).init(jax.random.key(0))

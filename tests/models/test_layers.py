@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from repkit.models.layers import Attention, Block, Dense, attention_map, causal_mask, dropout, padding_mask
+from repkit.models.layers import Attention, Block, Captured, Dense, attention_map, causal_mask, dropout, padding_mask
 
 RANDOM = np.random.default_rng(0)
 
@@ -38,9 +38,9 @@ def numpy_attention(layer, tokens, context, visible):
 
 
 def captured(layer, *args, **kwargs):
-    layer.capture_map = True
-    output, sown = nnx.capture(layer, nnx.Intermediate)(*args, **kwargs)
-    return output, sown["attention_map"].get_value()[0]
+    layer.captured = ("attention",)
+    output, sown = nnx.capture(layer, Captured)(*args, **kwargs)
+    return output, sown["attention"].get_value()[0]
 
 
 REAL = np.arange(5) < np.array([5, 2, 3])[:, None]

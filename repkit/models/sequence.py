@@ -1,0 +1,284 @@
+"""Image and text to text: an encoder over patches and tokens together, and a decoder that attends to both."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
+
+from repkit.checks import InputError, require_range
+from repkit.models.capture import NOTHING, Capture
+from repkit.models.decoder import Decoder
+from repkit.models.embeddings import Dtype, embed, embedding, patches
+from repkit.models.encoders import Transformer, TransformerConfig, VisionConfig, require_positive
+from repkit.models.functional import Batch, Outputs, Params, functional, restorer
+from repkit.models.generation import Generated, beam_search
+from repkit.models.layers import Dense, KeysValues, fold, padding_mask
+
+_SOURCE = ("image", "source_ids", "source_mask")
+_TARGET = ("target_ids", "target_mask")
+_IMAGE, _TEXT = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """An encoder-decoder from an image and a text to a text.
+
+    Attributes:
+        image_size: height and width of the images, in pixels.
+        patch_size: height and width of a patch; divides `image_size`.
+        vocabulary_size: number of token ids, of source and target alike.
+        max_source_length: longest source text, in tokens.
+        max_target_length: longest target text, in tokens, the end token included.
+        width: features of a token; a multiple of `heads`.
+        encoder_depth: number of encoder blocks.
+        decoder_depth: number of decoder blocks.
+        heads: attention heads of a block.
+        mlp_ratio: width of the MLP's hidden layer over `width`.
+        dropout: share of values dropped from the embedded tokens and from each residual branch, in [0, 1).
+        dtype: of the arithmetic; parameters, softmax, norm statistics and logits are float32 always.
+        remat: recompute each block in the backward pass: about a third more time, activations of one block at a time.
+        begin_id: the token before a target's first.
+        end_id: the token that ends a target.
+        pad_id: the token behind it.
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    image_size: int
+    patch_size: int
+    vocabulary_size: int
+    max_source_length: int
+    max_target_length: int
+    width: int
+    encoder_depth: int
+    decoder_depth: int
+    heads: int
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    dtype: Dtype = "float32"
+    remat: bool = False
+    begin_id: int
+    end_id: int
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_source_length", "max_target_length", "encoder_depth", "decoder_depth")
+        if self.vocabulary_size < 3:
+            raise InputError(f"vocabulary_size must be at least 3, got {self.vocabulary_size}")
+        for name in ("begin_id", "end_id", "pad_id"):
+            if not 0 <= getattr(self, name) < self.vocabulary_size:
+                raise InputError(
+                    f"{name} must be in [0, vocabulary_size={self.vocabulary_size}), got {getattr(self, name)}"
+                )
+        if self.begin_id == self.end_id:
+            raise InputError(f"begin_id and end_id must differ, got {self.begin_id} for both")
+        _ = self.encoder, self.decoder
+
+    @property
+    def encoder(self) -> VisionConfig:
+        """The encoder's blocks and the patches of its image."""
+        return VisionConfig(
+            image_size=self.image_size, patch_size=self.patch_size, depth=self.encoder_depth, **self._blocks
+        )
+
+    @property
+    def decoder(self) -> TransformerConfig:
+        """The decoder's blocks."""
+        return TransformerConfig(depth=self.decoder_depth, **self._blocks)
+
+    @property
+    def _blocks(self) -> dict[str, Any]:
+        names = ("width", "heads", "mlp_ratio", "dropout", "dtype", "remat")
+        return {name: getattr(self, name) for name in names}
+
+
+class SequenceToSequence(nnx.Module):
+    """Patches of an image and tokens of a text, in one encoder, to the tokens of a text.
+
+    As in VL-T5, image and text attend to one another in every block of the encoder, each token carries a learned
+    embedding of its position and of its kind, image or text, and the token embedding of source and target is also the
+    output layer. Ours are the patches in place of detected objects, absolute positions, and pre-norm blocks with GELU.
+
+    References:
+        Cho et al., Unifying Vision-and-Language Tasks via Text Generation, arXiv 2102.02779, section 3.
+    """
+
+    def __init__(self, config: SequenceConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        patch_count = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = Dense(3 * config.patch_size**2, config.width, dtype=config.dtype, rngs=rngs)
+        self.token_embedding = embedding(rngs, config.vocabulary_size, config.width)
+        self.kinds = embedding(rngs, 2, config.width)
+        self.image_positions = embedding(rngs, patch_count, config.width)
+        self.source_positions = embedding(rngs, config.max_source_length, config.width)
+        self.target_positions = embedding(rngs, config.max_target_length, config.width)
+        self.encoder = Transformer(config.encoder, rngs=rngs)
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+
+    def __call__(self, batch: Batch, *, key: Key[Array, ""] | None = None) -> Outputs:
+        """The logits of each target token, given the source and the target tokens before it.
+
+        Args:
+            batch: `image` uint8 [b h w 3], `source_ids` [b s] with `source_mask`, `target_ids` [b t] with
+                `target_mask`, the end token included and the begin token not; padding follows the tokens. A token id
+                outside the vocabulary gives NaN.
+            key: for dropout; None means none.
+
+        Returns:
+            `logits` [b t vocabulary_size] float32, of which `logits[:, i]` is for `target_ids[:, i]`; `masks` with
+            `encoder` [b n], image tokens first, and `decoder` [b t], True for real tokens.
+
+        Raises:
+            InputError: if the batch lacks one of them, or it has a wrong shape.
+        """
+        _require(batch, _SOURCE + _TARGET)
+        _require_text(batch, "target", self.config.max_target_length)
+        context, context_mask = self.encode(batch, key=fold(key, 0))
+        begin = jnp.full((len(batch["target_ids"]), 1), self.config.begin_id, jnp.int32)
+        shifted = jnp.concatenate([begin, batch["target_ids"][:, :-1]], axis=1)
+        tokens = self._embed(shifted, self.target_positions[: shifted.shape[1]])
+        logits = self._logits(self.decoder(tokens, context, context_mask, fold(key, 1)))
+        return {"logits": logits, "masks": {"encoder": context_mask, "decoder": batch["target_mask"]}}
+
+    def encode(
+        self, batch: Batch, *, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b n width"], Bool[Array, "b n"]]:
+        """The encoder's tokens, image tokens first, and which of them are real."""
+        _require_text(batch, "source", self.config.max_source_length)
+        config, image, token_ids = self.config, batch["image"], batch["source_ids"]
+        seen = self.patch_embedding(patches(image, config.image_size, config.patch_size, config.dtype))
+        seen = seen + (self.image_positions[...] + self.kinds[_IMAGE]).astype(seen.dtype)
+        read = self._embed(token_ids, self.source_positions[: token_ids.shape[1]] + self.kinds[_TEXT])
+        mask = jnp.concatenate([jnp.ones(seen.shape[:2], bool), batch["source_mask"]], axis=1)
+        tokens = self.encoder.transform(jnp.concatenate([seen, read], axis=1), padding_mask(mask), key)
+        return tokens, mask
+
+    def generate(
+        self, batch: Batch, *, beams: int, max_length: int, length_penalty: float | Float[Array, ""]
+    ) -> Generated:
+        """The targets that beam search finds for the sources of a batch; see `beam_search`."""
+        config = self.config
+        context, context_mask = self.encode(batch)
+        contexts = self.decoder.contexts(context)
+
+        def step(
+            token_ids: Int32[Array, "b beams"], position: Int[Array, ""], past: list[KeysValues]
+        ) -> tuple[Float[Array, "b beams v"], list[KeysValues]]:
+            here = jax.lax.dynamic_slice_in_dim(self.target_positions[...], position, 1)
+            tokens, past = self.decoder.step(self._embed(token_ids, here), position, past, contexts, context_mask)
+            return self._logits(tokens), past
+
+        head_dim = config.width // config.heads
+        empty = jnp.zeros((len(context), beams, max_length, config.heads, head_dim), config.dtype)
+        return beam_search(
+            step,
+            [KeysValues(empty, empty) for _ in contexts],
+            rows=len(context),
+            beams=beams,
+            max_length=max_length,
+            begin_id=config.begin_id,
+            end_id=config.end_id,
+            pad_id=config.pad_id,
+            length_penalty=length_penalty,
+        )
+
+    def _embed(self, token_ids: Int[Array, "b l"], added: Float[Array, "#l width"]) -> Float[Array, "b l width"]:
+        return (embed(self.token_embedding[...], token_ids) + added).astype(self.config.dtype)
+
+    def _logits(self, tokens: Float[Array, "b l width"]) -> Float[Array, "b l v"]:
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        table = self.token_embedding[...].astype(rows.dtype)
+        logits = jnp.einsum("nd,vd->nv", rows, table, preferred_element_type=jnp.float32)
+        return logits.reshape(*tokens.shape[:-1], -1)
+
+
+class SequenceModel(NamedTuple):
+    """An encoder-decoder as pure functions.
+
+    Attributes:
+        init: from a typed key to parameters.
+        forward: `forward(params, batch, key) -> outputs`, by teacher forcing; those of `SequenceToSequence`.
+        generate: `generate(params, batch, *, beams=1, max_length=None, length_penalty=0.0) -> Generated`, one jitted
+            program with a cache of keys and values. The batch needs a source only; `max_length` is at most, and by
+            default, the configuration's `max_target_length`. See `repkit.models.generation.beam_search`.
+    """
+
+    init: Callable[[Key[Array, ""]], Params]
+    forward: Callable[[Params, Batch, Key[Array, ""] | None], Outputs]
+    generate: Callable[..., Generated]
+
+
+def sequence_to_sequence(config: SequenceConfig, *, capture: Capture = NOTHING) -> SequenceModel:
+    """The encoder-decoder as pure functions.
+
+    Args:
+        config: the model.
+        capture: what its layers show beside the outputs of `forward`; attention layers are
+            `encoder.blocks.I.attention`, `decoder.blocks.I.self_attention` and `decoder.blocks.I.cross_attention`,
+            hidden states `encoder.blocks.I` and `decoder.blocks.I`.
+
+    Raises:
+        InputError: if a path of `capture` matches nothing.
+
+    Example:
+        >>> config = SequenceConfig(
+        ...     image_size=8, patch_size=4, vocabulary_size=9, max_source_length=5, max_target_length=6, width=16,
+        ...     encoder_depth=1, decoder_depth=1, heads=2, begin_id=1, end_id=2, pad_id=0,
+        ... )
+        >>> model = sequence_to_sequence(config, capture=Capture(maps=["decoder.blocks.*.cross_attention"]))
+        >>> params = model.init(jax.random.key(0))
+        >>> batch = {
+        ...     "image": jnp.zeros((3, 8, 8, 3), jnp.uint8),
+        ...     "source_ids": jnp.ones((3, 5), jnp.int32), "source_mask": jnp.ones((3, 5), bool),
+        ...     "target_ids": jnp.ones((3, 6), jnp.int32), "target_mask": jnp.ones((3, 6), bool),
+        ... }
+        >>> outputs = model.forward(params, batch, None)
+        >>> outputs["logits"].shape, outputs["attention"]["decoder.blocks.0.cross_attention"].shape
+        ((3, 6, 9), (3, 2, 6, 9))
+        >>> model.generate(params, batch, beams=2).token_ids.shape
+        (3, 6)
+    """
+
+    def build(rngs: nnx.Rngs) -> SequenceToSequence:
+        return SequenceToSequence(config, rngs=rngs)
+
+    model, restore = functional(build, capture=capture), restorer(build)
+
+    @functools.partial(jax.jit, static_argnames=("beams", "max_length"))
+    def search(params: Params, source: Batch, length_penalty: Array, *, beams: int, max_length: int) -> Generated:
+        return restore(params).generate(source, beams=beams, max_length=max_length, length_penalty=length_penalty)
+
+    def generate(
+        params: Params, batch: Batch, *, beams: int = 1, max_length: int | None = None, length_penalty: float = 0.0
+    ) -> Generated:
+        max_length = config.max_target_length if max_length is None else max_length
+        require_range("generate", "beams", beams, at_least=1)
+        require_range("generate", "max_length", max_length, at_least=1, at_most=config.max_target_length)
+        require_range("generate", "length_penalty", length_penalty, at_least=0)
+        _require(batch, _SOURCE)
+        source = {name: batch[name] for name in _SOURCE}
+        return search(params, source, jnp.float32(length_penalty), beams=beams, max_length=max_length)
+
+    return SequenceModel(model.init, model.forward, generate)
+
+
+def _require(batch: Batch, names: tuple[str, ...]) -> None:
+    if missing := [name for name in names if name not in batch]:
+        raise InputError(f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}")
+
+
+def _require_text(batch: Batch, name: str, max_length: int) -> None:
+    ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]
+    if ids.shape != mask.shape or ids.ndim != 2 or len(ids) != len(batch["image"]):
+        raise InputError(
+            f"{name}_ids and {name}_mask must have one shape [b l] with b={len(batch['image'])} as the images have, "
+            f"got {list(ids.shape)} and {list(mask.shape)}"
+        )
+    if ids.shape[1] > max_length:
+        raise InputError(f"a {name} text has at most max_{name}_length={max_length} tokens, got {ids.shape[1]}")
