@@ -176,7 +176,7 @@ class SequenceRows:
         }
 
 
-def encoded_targets(
+def _encoded_targets(
     tokenizer: Tokenizer, texts: Sequence[str], max_length: int
 ) -> tuple[Int32[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
     """What a decoder is to generate: the tokens of a text and the end, but not the begin token, which it is given."""

@@ -57,7 +57,7 @@ def all_texts(source: SequenceSource) -> list[str]:
 
 
 def scene_task_source(task: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> "TfdsSequenceSource":
-    """A generation task on digit scenes; composed at the first call, which takes seconds, and read from disk afterwards.
+    """A generation task on digit scenes; composed at the first call, in some seconds, and read from disk afterwards.
 
     Args:
         task: "questions" (ten answers each), "captions" (four each) or "translation" (English to German).
@@ -134,7 +134,7 @@ class JsonlSequenceSource:
 def jsonl_sequence_source(
     path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None
 ) -> JsonlSequenceSource:
-    """Generation examples from a JSONL file, one object a line: {"image": path, "source": text, "target": text or list}.
+    """Sequences from a JSONL file, one object a line: {"image": path, "source": text, "target": text or [text, ...]}.
 
     An empty "source" is right, for a task such as captioning that asks nothing; other keys are ignored. The whole file
     is checked at once: every image must be there, and the first one is opened; the others are read when their turn
