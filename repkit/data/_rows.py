@@ -163,11 +163,9 @@ class SequenceRows:
         groups = [texts.targets for texts in contents]
         targets = drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
         sources = [texts.source for texts in contents]
-        rows = len(images)
-        source_ids, source_mask = self._tokenizer.encode(_filled_texts(sources, rows), self._max_source_length)
-        target_ids, target_mask = encoded_targets(
-            self._tokenizer, _filled_texts(targets, rows), self._max_target_length
-        )
+        sources, targets = _filled_texts(sources, len(images)), _filled_texts(targets, len(images))
+        source_ids, source_mask = self._tokenizer.encode(sources, self._max_source_length)
+        target_ids, target_mask = _encoded_targets(self._tokenizer, targets, self._max_target_length)
         return {
             "source_ids": source_ids,
             "source_mask": source_mask,
