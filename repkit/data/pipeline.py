@@ -187,7 +187,8 @@ def make_sequence_batches(
     Raises:
         InputError: as `make_batches` does.
     """
-    tokenizer.encode([""], max_source_length)
+    if max_source_length < 3:
+        raise InputError(f"expected max_source_length of at least 3 (begin, one token, end), got {max_source_length}")
     if max_target_length < 2:
         raise InputError(f"expected max_target_length of at least 2 (one token, end), got {max_target_length}")
     rows = SequenceRows(

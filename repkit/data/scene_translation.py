@@ -69,7 +69,7 @@ _DECLENSION: Mapping[tuple[Article, Gender], Sequence[tuple[str, str]]] = {
     ("indefinite", "feminine"): (("eine", "e"), ("eine", "e"), ("einer", "en")),
     ("indefinite", "neuter"): (("ein", "es"), ("ein", "es"), ("einem", "en")),
 }
-_CONTRACTIONS = {"an dem": "am", "an das": "ans", "in dem": "im", "in das": "ins"}
+_CONTRACTIONS = {"an dem": "am", "in dem": "im", "in das": "ins"}
 
 
 class Sentence(NamedTuple):
@@ -88,9 +88,7 @@ class Sentence(NamedTuple):
     german: Callable[[Digits, str], str]
 
 
-def translations(
-    strokes: Strokes, *, count: int, rng: np.random.Generator, image_size: int = 32
-) -> Iterator[TaskExample]:
+def translations(strokes: Strokes, *, count: int, rng: np.random.Generator) -> Iterator[TaskExample]:
     """Examples of the translation task, the sentence forms by turns; each has one German sentence."""
     composer = Composer(strokes, TASK_IMAGE_SIZE, rng)
     forms = (_relation_sentence, _standing_sentence, _belonging_sentence, _picture_sentence)
@@ -132,8 +130,9 @@ def place_phrase(cell: tuple[int, int], case: Case) -> str:
             phrase = "an " + noun_phrase("definite", stems, "Rand", "masculine", case)
         case _:
             phrase = "in " + noun_phrase("definite", ["mittler"], "Feld", "neuter", case)
-    preposition, article, rest = phrase.split(" ", 2)
-    return f"{_CONTRACTIONS.get(f'{preposition} {article}', f'{preposition} {article}')} {rest}"
+    for apart, contracted in _CONTRACTIONS.items():
+        phrase = phrase.replace(f"{apart} ", f"{contracted} ")
+    return phrase
 
 
 class _Named(NamedTuple):

@@ -205,7 +205,7 @@ def test_an_example_without_targets_is_corrupt(source, batches_of):
         ({"batch_size": 0}, "expected batch_size of at least 1, got 0"),
         ({"process_count": 3}, "expected a batch_size that divides by the 3 processes, got 8"),
         ({"seed": -1}, "expected seed of at least 0, got -1"),
-        ({"max_source_length": 2}, "expected max_length of at least 3"),
+        ({"max_source_length": 2}, r"expected max_source_length of at least 3 \(begin, one token, end\), got 2"),
         ({"max_target_length": 1}, r"expected max_target_length of at least 2 \(one token, end\), got 1"),
     ],
 )
