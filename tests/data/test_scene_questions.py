@@ -116,8 +116,10 @@ def recomputed(question, digits):
 
 
 def template(question):
-    words = {**dict.fromkeys(COLOURS, "COLOUR"), **dict.fromkeys(NUMBERS, "NUMBER")}
-    return " ".join(words.get(word, word) for word in re.findall(r"\w+", question))
+    places = sorted(PLACES, key=len, reverse=True)
+    for kind, words in (("RELATION", HOLDS), ("PLACE", places), ("COLOUR", COLOURS), ("NUMBER", NUMBERS)):
+        question = re.sub(rf"\b({'|'.join(words)})\b", kind, question)
+    return question
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def test_all_types_and_all_their_answers_occur_alike(examples):
 def test_there_are_few_wordings(examples):
     words = {word for e in examples for word in re.findall(r"\w+", e.source_text)}
     assert len(words) < 60
-    assert len({template(e.source_text) for e in examples if e.question_type != "colour"}) < 100
+    assert len({template(e.source_text) for e in examples}) < 40
 
 
 @pytest.mark.parametrize("key", [lambda text: "", template, lambda text: text], ids=["type", "wording", "text"])

@@ -9,7 +9,8 @@ import pytest
 from repkit.checks import InputError
 from repkit.data.images import load_image
 from repkit.data.pipeline import Batches, make_sequence_batches
-from repkit.data.sequence_sources import all_texts, jsonl_sequence_source
+from repkit.data.scene_tasks import TASKS
+from repkit.data.sequence_sources import all_texts, jsonl_sequence_source, scene_task_source
 from repkit.data.tokenizer import train_tokenizer
 
 EXAMPLES = 23
@@ -128,6 +129,21 @@ def test_training_draws_among_the_targets_and_evaluation_takes_the_first(source,
     passed = join(list(batches_of(source, shuffle=False, repeat=False)))
     first = tokenizer.decode(passed["target_ids"][passed["where"]])
     assert first == [source.texts(index).targets[0] for index in range(EXAMPLES)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tasks_on_digit_scenes_pass_through_one_tokenizer(tasks_dir, batches_of, task):
+    sources = [scene_task_source(name, "train", tasks_dir) for name in TASKS]
+    shared = train_tokenizer([text for source in sources for text in all_texts(source)], vocab_size=512)
+    source = scene_task_source(task, "train", tasks_dir)
+    batch = next(batches_of(source, tokenizer=shared, image_size=32, max_source_length=40, max_target_length=64))
+    asked, told = shared.decode(batch["source_ids"]), shared.decode(batch["target_ids"])
+    for row, index in enumerate(batch["example_id"]):
+        record = source[index]
+        assert asked[row] == record["source_text"]
+        # The tokenizer knows lower case only.
+        assert told[row] in [text.lower() for text in record["target_texts"]]
+        np.testing.assert_array_equal(batch["image"][row], load_image(record["image"], image_size=32))
 
 
 def test_every_epoch_shows_each_example_once_in_an_order_of_its_own(source, batches_of):

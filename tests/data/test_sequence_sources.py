@@ -13,17 +13,7 @@ from repkit.data.scene_tasks import TASKS
 from repkit.data.sequence_sources import Texts, all_texts, jsonl_sequence_source, scene_task_source
 
 SMALL = {"train": 60, "validation": 12, "test": 24}
-
-
-@pytest.fixture(scope="module")
-def tasks_dir(tmp_path_factory):
-    """Data sets of the tasks with few examples."""
-    folder = tmp_path_factory.mktemp("tasks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digit_scenes, "TASK_SPLIT_SIZES", SMALL)
-        for task in TASKS:
-            scene_task_source(task, "train", folder)
-    return folder
+"""As in `tasks_dir`."""
 
 
 @pytest.mark.parametrize("task", TASKS)
