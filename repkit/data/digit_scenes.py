@@ -1,7 +1,7 @@
-"""TFDS builder of `digit_scenes`: captioned scenes of real handwritten digits, made in seconds and without TensorFlow.
+"""TFDS builder of `digit_scenes`: scenes of real handwritten digits with texts, made in seconds and without TensorFlow.
 
 Importing this module registers the data set, so `tfds.builder("digit_scenes/single")` finds it too. What the scenes
-hold is decided in `repkit.data.scenes`.
+hold is decided in `repkit.data.scenes`, and what is asked and said about them in `repkit.data.scene_tasks`.
 """
 
 import io
@@ -12,6 +12,8 @@ import numpy as np
 
 from repkit.checks import InputError
 from repkit.data import scenes
+from repkit.data.scene_demands import TASK_IMAGE_SIZE
+from repkit.data.scene_tasks import TASKS
 
 try:
     import tensorflow_datasets as tfds
@@ -20,16 +22,27 @@ except ImportError as error:
     raise InputError('digit_scenes needs tensorflow-datasets and Pillow: pip install "repkit[data]"') from error
 
 SPLIT_SIZES: Mapping[str, int] = {"train": 8192, "validation": 512, "test": 512}
+"""Examples of `single` and of `pairs`."""
+
+TASK_SPLIT_SIZES: Mapping[str, int] = {"train": 16384, "validation": 512, "test": 1024}
+"""Examples of every task."""
+
 SCENE_SEED = 20
+
+# In this order, because the place of a configuration is part of its seed.
+_CONFIGS = (*scenes.SCENES, *TASKS)
 
 
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
-    """Scenes of one digit (config `single`, 16 x 16) or of two to four related digits (config `pairs`, 32 x 32).
+    """Scenes of one digit (config `single`, 16 x 16) or of two to four digits (the others, 32 x 32).
 
-    An example holds `image` (PNG), `captions` and `ground_truth`, a JSON object with the `background` and, for every
-    digit in the order in which the first caption names them, `digits`: digit, colour, row and column of the 3 x 3
-    grid, the pixel where its 8 x 8 box begins (top, left), and `stroke_id`, the row of the handwriting in
-    scikit-learn's set. `single` adds `label`, its digit.
+    An example holds `image` (PNG), its texts and `ground_truth`, a JSON object with the `background` and, for every
+    digit, `digits`: digit, colour, row and column of the 3 x 3 grid, the pixel where its 8 x 8 box begins (top, left),
+    and `stroke_id`, the row of the handwriting in scikit-learn's set.
+
+    The texts of `single` and `pairs` are `captions`, the first of which names the digits in the order of `digits`;
+    `single` adds `label`, its digit. Those of the tasks `questions`, `captions` and `translation` are `source_text` and
+    `target_texts`; `questions` adds `question_type` and the true `answer`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -37,6 +50,9 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [  # noqa: RUF012 (the base class declares it as a list)
         tfds.core.BuilderConfig(name="single", description="One digit: digit, colour, background and place."),
         tfds.core.BuilderConfig(name="pairs", description="Two to four digits and their relations."),
+        tfds.core.BuilderConfig(name="questions", description="Questions with ten answers each."),
+        tfds.core.BuilderConfig(name="captions", description="A prompt, and four captions."),
+        tfds.core.BuilderConfig(name="translation", description="English, and German that says what is to be seen."),
     ]
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):
@@ -49,18 +65,24 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         return self.builder_config.name
 
     def _info(self) -> tfds.core.DatasetInfo:
-        size = scenes.IMAGE_SIZES[self._config_name]
-        features: dict[str, Any] = {
-            "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            # One text, because TFDS spends more time on a sequence of structures than on all the rest of an example.
-            "ground_truth": tfds.features.Text(),
-        }
-        if self._config_name == "single":
+        config = self._config_name
+        text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
+        if config in TASKS:
+            size = TASK_IMAGE_SIZE
+            features: dict[str, Any] = {"source_text": text, "target_texts": texts}
+        else:
+            size = scenes.IMAGE_SIZES[config]
+            features = {"captions": texts}
+        if config == "single":
             features["label"] = tfds.features.ClassLabel(names=list(scenes.DIGIT_NAMES))
+        if config == "questions":
+            features |= {"question_type": text, "answer": text}
+        features["image"] = tfds.features.Image(shape=(size, size, 3), encoding_format="png")
+        # One text, because TFDS spends more time on a sequence of structures than on all the rest of an example.
+        features["ground_truth"] = text
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Coloured scenes of handwritten digits with English captions and full ground truth.",
+            description="Coloured scenes of handwritten digits with texts and full ground truth.",
             features=tfds.features.FeaturesDict(features),
             homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
             # Written in the order of generation, so that an example's index is its place in the random sequence.
@@ -70,21 +92,35 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
         del dl_manager  # Nothing is downloaded.
         strokes = scenes.split_strokes(scenes.load_strokes())
-        return {split: self._generate_examples(split, strokes[split]) for split in SPLIT_SIZES}
+        sizes = TASK_SPLIT_SIZES if self._config_name in TASKS else SPLIT_SIZES
+        return {split: self._generate_examples(split, strokes[split], count) for split, count in sizes.items()}
 
-    def _generate_examples(self, split: str, strokes: scenes.Strokes) -> Iterator[tuple[int, Any]]:
+    def _generate_examples(self, split: str, strokes: scenes.Strokes, count: int) -> Iterator[tuple[int, Any]]:
         config = self._config_name
-        rng = np.random.default_rng([SCENE_SEED, list(scenes.SCENES).index(config), list(SPLIT_SIZES).index(split)])
-        compose = scenes.SCENES[config]
-        for index, scene in enumerate(compose(strokes, count=SPLIT_SIZES[split], rng=rng)):
-            example = {
-                "image": _png(scene.image),
-                "captions": list(scene.captions),
-                "ground_truth": scene.ground_truth,
-            }
-            if config == "single":
-                example["label"] = scene.digits[0].digit
-            yield index, example
+        rng = np.random.default_rng([SCENE_SEED, _CONFIGS.index(config), list(SPLIT_SIZES).index(split)])
+        compose = _task_examples if config in TASKS else _scene_examples
+        yield from enumerate(compose(config, strokes, count, rng))
+
+
+def _scene_examples(
+    config: str, strokes: scenes.Strokes, count: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    for scene in scenes.SCENES[config](strokes, count=count, rng=rng):
+        label = {"label": scene.digits[0].digit} if config == "single" else {}
+        yield {**_seen(scene), "captions": list(scene.captions), **label}
+
+
+def _task_examples(
+    config: str, strokes: scenes.Strokes, count: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    for example in TASKS[config](strokes, count=count, rng=rng):
+        texts = {"source_text": example.source_text, "target_texts": list(example.target_texts)}
+        asked = {} if config != "questions" else {"question_type": example.question_type, "answer": example.answer}
+        yield {**_seen(example.scene), **texts, **asked}
+
+
+def _seen(scene: scenes.Scene) -> dict[str, Any]:
+    return {"image": _png(scene.image), "ground_truth": scene.ground_truth}
 
 
 def _png(image: np.ndarray) -> io.BytesIO:

@@ -7,17 +7,19 @@ number of processes, and one number, the position, says where a run stands.
 """
 
 import functools
-import hashlib
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from repkit.checks import InputError
-from repkit.data.augment import IMAGE_DRAWS, TEXT_DRAWS, Augmentation, augment_images, augment_texts
+from repkit.data._draws import shuffled_order
+from repkit.data._rows import Content, PairRows, Rows, SequenceRows, caption_hash, filled_column
+from repkit.data.augment import Augmentation
 from repkit.data.images import CorruptExampleError, load_image
+from repkit.data.sequence_sources import SequenceSource
 from repkit.data.sources import Source
 from repkit.data.tokenizer import Tokenizer
 
@@ -32,11 +34,6 @@ MOST_CACHED_BYTES = 256 * 2**20
 LEAST_READ_FOR_SHARE = 1000
 """The share of corrupt examples is taken of at least this many examples, or of the whole source if it is smaller: one
 corrupt example among the first ten is no reason to stop."""
-
-# What random numbers are drawn for; each purpose has a stream of its own.
-_SHUFFLE, _CAPTION, _IMAGE, _TEXT = range(4)
-_NUMBERS_PER_COUNT = 4
-"""Numbers that a Philox generator makes at each count of its counter."""
 
 
 class CaptionTable(NamedTuple):
@@ -73,19 +70,6 @@ def caption_table(source: Source, *, tokenizer: Tokenizer, max_length: int) -> C
         np.array([caption_hash(text) for text in texts], np.int32),
         np.repeat(np.arange(len(source), dtype=np.int32), [len(group) for group in captions]),
     )
-
-
-def caption_hash(caption: str) -> int:
-    """A number in [0, 2^31) for a caption, the same on every machine and in every run.
-
-    Among c different captions about c^2 / 2^32 pairs share a number by chance: none among ten thousand, about two
-    hundred among a million. Such a pair counts as equal captions.
-
-    >>> caption_hash("a red seven on yellow, top left")
-    1548029488
-    """
-    digest = hashlib.blake2b(caption.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def make_batches(
@@ -138,38 +122,108 @@ def make_batches(
         InputError: empty source; sizes that are not positive; a batch that does not divide by the processes. While
             reading: more than `max_corrupt_share` of the examples are corrupt.
     """
-    if process_index is None or process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
     tokenizer.encode([""], max_length)  # Refuses a length that is too short before any thread starts.
-    _check_arguments(source, batch_size, image_size, seed, process_index, process_count, max_corrupt_share)
-    reader = _BatchReader(
-        source,
-        tokenizer=tokenizer,
+    rows = PairRows(
+        source, tokenizer=tokenizer, max_length=max_length, seed=seed, repeat=repeat, augmentation=augmentation
+    )
+    return _batches(
+        rows,
         batch_size=batch_size,
         image_size=image_size,
-        max_length=max_length,
         shuffle=shuffle,
         seed=seed,
         repeat=repeat,
-        augmentation=augmentation,
         process_index=process_index,
         process_count=process_count,
+        max_corrupt_share=max_corrupt_share,
+        num_threads=num_threads,
+        prefetch=prefetch,
     )
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    return Batches(reader, options, max_corrupt_share)
+
+
+def make_sequence_batches(
+    source: SequenceSource,
+    *,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    image_size: int,
+    max_source_length: int,
+    max_target_length: int,
+    shuffle: bool,
+    seed: int,
+    repeat: bool,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    max_corrupt_share: float = 0.01,
+    num_threads: int = 1,
+    prefetch: int = 4,
+) -> "Batches":
+    """The batches of a generation task, with the guarantees of `make_batches`, whose arguments the others are.
+
+    Args:
+        source: the examples.
+        tokenizer: encodes source and target texts.
+        batch_size: as for `make_batches`.
+        image_size: as for `make_batches`.
+        max_source_length: s, tokens of a source text, begin and end included.
+        max_target_length: t, tokens of a target text, the end included; the begin token, which a decoder is given and
+            does not generate, is left out.
+        shuffle: as for `make_batches`.
+        seed: of the order and of the choice among several target texts; from 0.
+        repeat: True, for training: endless, with a random one of an example's target texts each time, so that it meets
+            answers as often as they were given. False, for evaluation: one epoch, each example once with its first
+            target text, the last batch filled up (the source has all target texts).
+        process_index: as for `make_batches`.
+        process_count: as for `make_batches`.
+        max_corrupt_share: as for `make_batches`.
+        num_threads: as for `make_batches`.
+        prefetch: as for `make_batches`.
+
+    Returns:
+        An iterator of dicts of numpy arrays, b = B / process_count rows each: `image` uint8 [b h w 3], `source_ids`
+        int32 [b s], `source_mask` bool [b s], `target_ids` int32 [b t], `target_mask` bool [b t], `example_id` int32
+        [b], `where` bool [b]. Corrupt examples and rows that fill up the last batch are as those of `make_batches`.
+
+    Raises:
+        InputError: as `make_batches` does.
+    """
+    if max_source_length < 3:
+        raise InputError(f"expected max_source_length of at least 3 (begin, one token, end), got {max_source_length}")
+    if max_target_length < 2:
+        raise InputError(f"expected max_target_length of at least 2 (one token, end), got {max_target_length}")
+    rows = SequenceRows(
+        source,
+        tokenizer=tokenizer,
+        max_source_length=max_source_length,
+        max_target_length=max_target_length,
+        seed=seed,
+        repeat=repeat,
+    )
+    return _batches(
+        rows,
+        batch_size=batch_size,
+        image_size=image_size,
+        shuffle=shuffle,
+        seed=seed,
+        repeat=repeat,
+        process_index=process_index,
+        process_count=process_count,
+        max_corrupt_share=max_corrupt_share,
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )
 
 
 class Batches:
-    """An iterator of host batches that can say where it stands and be put there again; made by `make_batches`.
+    """An iterator of host batches that can say where it stands and be put there again; made by `make_batches`
+    or `make_sequence_batches`.
 
     `corrupt` counts the corrupt rows read since it was made.
     """
 
     corrupt: int
 
-    def __init__(self, reader: "_BatchReader", options: grain.ReadOptions, max_corrupt_share: float):
+    def __init__(self, reader: "_BatchReader[Any]", options: grain.ReadOptions, max_corrupt_share: float):
         self._reader = reader
         self._options = options
         self._max_corrupt_share = max_corrupt_share
@@ -245,48 +299,41 @@ class Batches:
             )
 
 
-class _Example(NamedTuple):
+class _Example(NamedTuple, Generic[Content]):
     """A decoded example. `image` is None where `defect` says what is wrong with it."""
 
     image: UInt8[np.ndarray, "s s 3"] | None
-    captions: Sequence[str]
-    label: int
+    content: Content
     defect: str | None
 
 
-class _BatchReader:
+class _BatchReader(Generic[Content]):
     """Global batch number -> this process's rows of the batch, and what is wrong with its corrupt examples."""
 
     def __init__(
         self,
-        source: Source,
+        rows: Rows[Content],
         *,
-        tokenizer: Tokenizer,
         batch_size: int,
         image_size: int,
-        max_length: int,
         shuffle: bool,
         seed: int,
         repeat: bool,
-        augmentation: Augmentation | None,
         process_index: int,
         process_count: int,
     ):
-        self._source = source
-        self._tokenizer = tokenizer
+        self._rows = rows
         self.batch_size = batch_size
         self._image_size = image_size
-        self._max_length = max_length
         self._shuffle = shuffle
         self._seed = seed
         self._repeat = repeat
-        self._augmentation = augmentation
-        self._rows = batch_size // process_count
-        self._first_row = process_index * self._rows
-        self.examples = len(source)
+        self._row_count = batch_size // process_count
+        self._first_row = process_index * self._row_count
+        self.examples = len(rows)
         # A batch may lie in two epochs.
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled_order)
-        self._cached: dict[int, _Example] = {}
+        self._cached: dict[int, _Example[Content]] = {}
         self._caches = self.examples * image_size**2 * 3 <= MOST_CACHED_BYTES
 
     @property
@@ -306,13 +353,12 @@ class _BatchReader:
 
     def __call__(self, batch_index: int) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:
         start = batch_index * self.batch_size + self._first_row
-        stop = start + self._rows if self._repeat else min(start + self._rows, self.examples)
+        stop = start + self._row_count if self._repeat else min(start + self._row_count, self.examples)
         indices = [self._index_at(position) for position in range(start, stop)]
         examples = [self._example(index) for index in indices]
-        captions = self._chosen_captions(examples, start)
-        batch = self._assemble(indices, examples, captions)
-        if self._augmentation is not None:
-            batch |= self._augmented(batch["image"], captions, start, self._augmentation)
+        batch = self._images(examples)
+        batch["example_id"] = filled_column(indices, self._row_count)
+        batch |= self._rows.columns([example.content for example in examples], batch["image"], start)
         pairs = zip(indices, examples, strict=True)
         return batch, [(index, example.defect) for index, example in pairs if example.defect is not None]
 
@@ -323,90 +369,71 @@ class _BatchReader:
         return int(self._epoch_order(epoch)[index])
 
     def _shuffled_order(self, epoch: int) -> np.ndarray:
-        """Eight bytes an example; Grain's shuffle needs no table, but milliseconds an index for a small source."""
-        return np.random.default_rng([self._seed, _SHUFFLE, epoch]).permutation(self.examples)
+        return shuffled_order(self._seed, epoch, self.examples)
 
-    def _example(self, index: int) -> _Example:
+    def _example(self, index: int) -> _Example[Content]:
         # Two threads may both decode an example; they store the same value.
         example = self._cached.get(index) or self._read_example(index)
         if self._caches:
             self._cached[index] = example
         return example
 
-    def _read_example(self, index: int) -> _Example:
+    def _read_example(self, index: int) -> _Example[Content]:
         try:
-            record = self._source[index]
+            read, content = self._rows.read(index)
         except CorruptExampleError as error:
-            return _Example(None, self._source.captions(index), 0, str(error))
-        captions, label = record["captions"], record.get("label", 0)
+            return _Example(None, self._rows.content(index), str(error))
         try:
-            if not captions:
-                raise CorruptExampleError("there is no caption")
-            image = load_image(record["image"], image_size=self._image_size)
+            return _Example(load_image(read.image, image_size=self._image_size), content, None)
         except CorruptExampleError as error:
-            return _Example(None, captions, label, f"{record['origin']}: {error}")
-        return _Example(image, captions, label, None)
+            return _Example(None, content, f"{read.origin}: {error}")
 
-    def _chosen_captions(self, examples: Sequence[_Example], start: int) -> list[str]:
-        if not self._repeat or all(len(example.captions) <= 1 for example in examples):
-            return [example.captions[0] if example.captions else "" for example in examples]
-        draws = self._random(_CAPTION, start, _NUMBERS_PER_COUNT).random((len(examples), _NUMBERS_PER_COUNT))[:, 0]
-        return [
-            example.captions[int(draw * len(example.captions))] if example.captions else ""
-            for example, draw in zip(examples, draws, strict=True)
-        ]
-
-    def _assemble(
-        self, indices: Sequence[int], examples: Sequence[_Example], captions: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        batch = {
-            "image": np.zeros((self._rows, self._image_size, self._image_size, 3), np.uint8),
-            "example_id": self._column(indices),
-            "caption_id": self._column([caption_hash(caption) for caption in captions]),
-            "where": np.zeros(self._rows, bool),
-            **self._encoded("", captions),
-        }
-        if self._source.has_labels:
-            batch["label"] = self._column([example.label for example in examples])
+    def _images(self, examples: Sequence[_Example[Content]]) -> dict[str, np.ndarray]:
+        """The images, black where there is none, and `where`."""
+        images = np.zeros((self._row_count, self._image_size, self._image_size, 3), np.uint8)
+        where = np.zeros(self._row_count, bool)
         for row, example in enumerate(examples):
             if example.image is not None:
-                batch["image"][row] = example.image
-                batch["where"][row] = True
-        return batch
-
-    def _augmented(
-        self, images: UInt8[np.ndarray, "b s s 3"], captions: Sequence[str], start: int, augmentation: Augmentation
-    ) -> dict[str, np.ndarray]:
-        texts = augment_texts(captions, self._random(_TEXT, start, TEXT_DRAWS), augmentation.text)
-        return {
-            "augmented_image": augment_images(images, self._random(_IMAGE, start, IMAGE_DRAWS), augmentation.image),
-            **self._encoded("augmented_", texts),
-        }
-
-    def _encoded(self, prefix: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Token ids and mask of the texts, and of empty texts for the rows after them."""
-        filled = [*texts, *[""] * (self._rows - len(texts))]
-        token_ids, token_mask = self._tokenizer.encode(filled, self._max_length)
-        return {f"{prefix}token_ids": token_ids, f"{prefix}token_mask": token_mask}
-
-    def _column(self, values: Sequence[int]) -> Int32[np.ndarray, " b"]:
-        column = np.zeros(self._rows, np.int32)
-        column[: len(values)] = values
-        return column
-
-    def _random(self, purpose: int, position: int, draws: int) -> np.random.Generator:
-        """The generator that stands before the numbers of a position, of which there are `draws` for each."""
-        counter = position * draws // _NUMBERS_PER_COUNT
-        key = _stream_key(self._seed, purpose)
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+                images[row] = example.image
+                where[row] = True
+        return {"image": images, "where": where}
 
 
-def _stream_key(seed: int, purpose: int) -> np.ndarray:
-    return np.random.SeedSequence([seed, purpose]).generate_state(2, np.uint64)
+def _batches(
+    rows: Rows[Any],
+    *,
+    batch_size: int,
+    image_size: int,
+    shuffle: bool,
+    seed: int,
+    repeat: bool,
+    process_index: int | None,
+    process_count: int | None,
+    max_corrupt_share: float,
+    num_threads: int,
+    prefetch: int,
+) -> Batches:
+    if process_index is None or process_count is None:
+        import jax
+
+        process_index, process_count = jax.process_index(), jax.process_count()
+    _check_arguments(len(rows), batch_size, image_size, seed, process_index, process_count, max_corrupt_share)
+    reader = _BatchReader(
+        rows,
+        batch_size=batch_size,
+        image_size=image_size,
+        shuffle=shuffle,
+        seed=seed,
+        repeat=repeat,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    return Batches(reader, options, max_corrupt_share)
 
 
 def _check_arguments(
-    source: Source,
+    examples: int,
     batch_size: int,
     image_size: int,
     seed: int,
@@ -414,7 +441,7 @@ def _check_arguments(
     process_count: int,
     max_corrupt_share: float,
 ) -> None:
-    if not len(source):
+    if not examples:
         raise InputError("the data set is empty")
     for name, value in (("batch_size", batch_size), ("image_size", image_size), ("process_count", process_count)):
         if value < 1:

@@ -82,6 +82,11 @@ class PlacedDigit:
     left: int
 
     @property
+    def cell(self) -> tuple[int, int]:
+        """(row, column) of the grid."""
+        return self.row, self.column
+
+    @property
     def phrase(self) -> str:
         """The digit as a caption names it, without article: "red seven"."""
         return f"{self.colour} {DIGIT_NAMES[self.digit]}"
@@ -117,6 +122,15 @@ def contrasting_colours() -> list[tuple[str, str]]:
     return [(ink, ground) for ink in COLOURS for ground in COLOURS if distance(ink, ground) >= LEAST_COLOUR_DISTANCE]
 
 
+def colours_on(background: str) -> list[str]:
+    """The colours that a digit on the background may have.
+
+    >>> colours_on("green")
+    ['white', 'red', 'yellow']
+    """
+    return [ink for ink, ground in contrasting_colours() if ground == background]
+
+
 def single_caption(digit: int, colour: str, background: str, place: str) -> str:
     """The caption of a scene of one digit.
 
@@ -126,13 +140,25 @@ def single_caption(digit: int, colour: str, background: str, place: str) -> str:
     return f"a {colour} {DIGIT_NAMES[digit]} on {background}, {place}"
 
 
+def cell_relation(first: tuple[int, int], second: tuple[int, int]) -> str | None:
+    """Where a cell (row, column) is, seen from another one; None if they share neither row nor column.
+
+    >>> cell_relation((0, 0), (0, 2)), cell_relation((2, 1), (0, 1)), cell_relation((0, 0), (1, 1))
+    ('left of', 'below', None)
+    """
+    if first[0] == second[0]:
+        return "left of" if first[1] < second[1] else "right of"
+    if first[1] == second[1]:
+        return "above" if first[0] < second[0] else "below"
+    return None
+
+
 def relation(first: PlacedDigit, second: PlacedDigit) -> str:
     """Where `first` is, seen from `second`, for two digits that share a row or a column of the grid."""
-    if first.row == second.row:
-        return "left of" if first.column < second.column else "right of"
-    if first.column == second.column:
-        return "above" if first.row < second.row else "below"
-    raise ValueError(f"{first} and {second} share neither row nor column")
+    name = cell_relation(first.cell, second.cell)
+    if name is None:
+        raise ValueError(f"{first} and {second} share neither row nor column")
+    return name
 
 
 def pairs_caption(digits: Sequence[PlacedDigit], background: str) -> str:
@@ -193,7 +219,7 @@ def split_strokes(strokes: Strokes) -> dict[str, Strokes]:
 
 def single_scenes(strokes: Strokes, *, count: int, rng: np.random.Generator, image_size: int = 16) -> Iterator[Scene]:
     """Scenes of one digit; digit, colours and place are uniform and independent."""
-    composer = _Composer(strokes, image_size, rng)
+    composer = Composer(strokes, image_size, rng)
     pairs = contrasting_colours()
     for _ in range(count):
         colour, background = pairs[rng.integers(len(pairs))]
@@ -209,11 +235,10 @@ def pairs_scenes(strokes: Strokes, *, count: int, rng: np.random.Generator, imag
     Each digit shares a row or a column with the one before it, so every stated relation is exact. The two captions
     tell the chain from its two ends.
     """
-    composer = _Composer(strokes, image_size, rng)
-    pairs = contrasting_colours()
-    colours_on = [(ground, [colour for colour, other in pairs if other == ground]) for ground in COLOURS]
+    composer = Composer(strokes, image_size, rng)
+    backgrounds = [(background, colours_on(background)) for background in COLOURS]
     for _ in range(count):
-        background, colours = colours_on[rng.integers(len(colours_on))]
+        background, colours = backgrounds[rng.integers(len(backgrounds))]
         cells = _connected_cells(int(rng.integers(2, 5)), rng)
         # Drawing without replacement from all (digit, colour) keeps "the red seven" unambiguous.
         kinds = rng.choice(len(DIGIT_NAMES) * len(colours), size=len(cells), replace=False)
@@ -240,8 +265,8 @@ def _connected_cells(count: int, rng: np.random.Generator) -> list[tuple[int, in
     return cells
 
 
-class _Composer:
-    """Draws strokes of one split onto a canvas, with the scene's random choices."""
+class Composer:
+    """Draws strokes of one split onto a square canvas of `image_size` pixels, with the scene's random choices."""
 
     def __init__(self, strokes: Strokes, image_size: int, rng: np.random.Generator):
         self._ink_of_id = dict(zip(strokes.ids.tolist(), strokes.images[..., None], strict=True))
@@ -252,12 +277,14 @@ class _Composer:
         self._rng = rng
 
     def place(self, digit: int, colour: str, cell: tuple[int, int]) -> PlacedDigit:
+        """The digit in a cell (row, column), written with one of its strokes."""
         ids = self._ids_of_digit[digit]
         row, column = cell
         stroke_id = int(ids[self._rng.integers(len(ids))])
         return PlacedDigit(digit, colour, row, column, stroke_id, self._cell_edges[row], self._cell_edges[column])
 
     def draw(self, digits: Sequence[PlacedDigit], background: str) -> UInt8[np.ndarray, "h w 3"]:
+        """The image of the digits; every colour varies around its name's mean."""
         canvas = np.empty((self._image_size, self._image_size, 3))
         canvas[:] = self._colour(background)
         for placed in digits:

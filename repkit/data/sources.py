@@ -1,22 +1,16 @@
 """Where examples come from: random access to images with their captions, from TFDS or from JSONL files."""
 
-import contextlib
-import functools
-import io
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
 from repkit.checks import InputError, unknown_name
-from repkit.data.images import CorruptExampleError, load_image
-
-MOST_KEPT_BYTES = 64 * 2**20
-"""TFDS data sets up to this size are kept in memory once read, still encoded."""
+from repkit.data._jsonl import JsonlLines, parsed_texts
+from repkit.data._tfds import TfdsSplit, decoded_texts
+from repkit.data.scenes import SCENES
 
 
 class Record(TypedDict):
@@ -67,10 +61,8 @@ def digit_scenes_source(config: str, split: str, data_dir: str | os.PathLike[str
     Raises:
         InputError: unknown config or split, or `data_dir` cannot be written.
     """
-    from repkit.data.digit_scenes import DigitScenes
-
-    if config not in DigitScenes.builder_configs:
-        raise unknown_name("digit_scenes config", config, DigitScenes.builder_configs)
+    if config not in SCENES:
+        raise unknown_name("digit_scenes config", config, SCENES)
     return tfds_source(
         f"digit_scenes/{config}",
         split,
@@ -109,14 +101,9 @@ def tfds_source(
     """
     if caption_key is None and label_key is None:
         raise InputError(f"{name}: expected caption_key or label_key, got neither; without one there are no captions")
-    builder = _prepared_builder(name, data_dir)
-    for key in filter(None, (image_key, caption_key, label_key)):
-        if key not in builder.info.features:
-            raise unknown_name(f"feature of {name}", key, builder.info.features)
-    for part in re.findall(r"(?:^|\+)\s*([\w-]+)", split):
-        if part not in builder.info.splits:
-            raise unknown_name(f"split of {name}", part, builder.info.splits)
-    return TfdsSource(builder, split, image_key=image_key, caption_key=caption_key, label_key=label_key)
+    keys = [key for key in (caption_key, label_key) if key is not None]
+    examples = TfdsSplit(name, split, data_dir, image_key=image_key, keys=keys)
+    return TfdsSource(examples, image_key=image_key, caption_key=caption_key, label_key=label_key)
 
 
 class TfdsSource:
@@ -125,44 +112,25 @@ class TfdsSource:
     `class_names` are the names of the labels, in their order, where the data set has them.
     """
 
-    def __init__(self, builder: Any, split: str, *, image_key: str, caption_key: str | None, label_key: str | None):
-        import tensorflow_datasets as tfds
-
-        image = builder.info.features[image_key]
-        # Encoded images stay encoded: their decoding belongs to the pipeline, which counts what cannot be decoded.
-        decoders = {image_key: tfds.decode.SkipDecoding()} if isinstance(image, tfds.features.Image) else None
-        self._name = f"{builder.info.full_name} {split}"
-        try:
-            if not builder.info.splits[split].num_examples:
-                raise InputError("the data set is empty")
-            self._examples = builder.as_data_source(split, decoders=decoders)
-        except NotImplementedError as error:
-            raise InputError(
-                f"{builder.info.full_name} lies in {builder.data_path} as {builder.info.file_format}, which only "
-                'TensorFlow reads; give another data_dir, or prepare it anew with file_format="array_record"'
-            ) from error
-        except ValueError as error:
-            raise InputError(f"{self._name}: {error}") from error
-        # Parsing costs more than a small data set's memory, and training and evaluation read it again and again.
-        keep = builder.info.dataset_size <= MOST_KEPT_BYTES
-        self._read = functools.cache(self._examples.__getitem__) if keep else self._examples.__getitem__
+    def __init__(self, examples: TfdsSplit, *, image_key: str, caption_key: str | None, label_key: str | None):
+        self._examples = examples
         self._image_key, self._caption_key, self._label_key = image_key, caption_key, label_key
-        label = None if label_key is None else builder.info.features[label_key]
+        label = None if label_key is None else examples.features[label_key]
         self.class_names: list[str] | None = getattr(label, "names", None)
         if caption_key is None and self.class_names is None:
-            raise InputError(f"{self._name}: feature '{label_key}' has no class names; give caption_key")
+            raise InputError(f"{examples.name}: feature '{label_key}' has no class names; give caption_key")
         self.has_labels = label_key is not None
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._read(index)
+        example = self._examples[index]
         record = Record(
             image=example[self._image_key],
             captions=self._captions_of(example),
             example_id=index,
-            origin=f"{self._name}[{index}]",
+            origin=f"{self._examples.name}[{index}]",
         )
         if self._label_key is not None:
             record["label"] = int(example[self._label_key])
@@ -171,47 +139,39 @@ class TfdsSource:
         return record
 
     def captions(self, index: int) -> list[str]:
-        return self._captions_of(self._read(index))
+        return self._captions_of(self._examples[index])
 
     def _captions_of(self, example: Any) -> list[str]:
         if self._caption_key is None:
             assert self.class_names is not None  # refused when the source was made
             return [self.class_names[int(example[self._label_key])]]
-        value = example[self._caption_key]
-        # TFDS gives texts as bytes, and its test doubles as str.
-        texts = [value] if isinstance(value, bytes | str) else value
-        return [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
+        return decoded_texts(example[self._caption_key])
 
 
 class JsonlSource:
     """Image-caption pairs listed in a JSONL file; made by `jsonl_source`."""
 
-    def __init__(self, path: Path, root: Path, lines: "list[_Line]"):
-        self._path = path
-        self._root = root
+    def __init__(self, lines: "JsonlLines[_Pair]"):
         self._lines = lines
-        self.has_labels = lines[0].label is not None
+        self.has_labels = lines.lines[0].content.label is not None
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Record:
-        line = self._lines[index]
-        origin = f"{self._path}:{line.number}"
-        try:
-            encoded = (self._root / line.image).read_bytes()
-        except OSError as error:
-            # It was there when the source was opened.
-            raise CorruptExampleError(f"{origin}: cannot read image {line.image!r}: {error.strerror}") from error
+        pair = self._lines.lines[index].content
         record = Record(
-            image=encoded, captions=list(line.captions), example_id=index, origin=f"{origin} ({line.image})"
+            image=self._lines.image(index),
+            captions=list(pair.captions),
+            example_id=index,
+            origin=self._lines.origin(index),
         )
-        if line.label is not None:
-            record["label"] = line.label
+        if pair.label is not None:
+            record["label"] = pair.label
         return record
 
     def captions(self, index: int) -> list[str]:
-        return list(self._lines[index].captions)
+        return list(self._lines.lines[index].content.captions)
 
 
 def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None) -> JsonlSource:
@@ -232,125 +192,22 @@ def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[
         InputError: missing or empty file; malformed line, image path that leads out of the folder, missing image (each
             with the line's number); first image is no image.
     """
-    path = Path(path)
-    root = path.parent if image_root is None else Path(image_root)
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    lines = list(_parse_lines(path, text, root, allow_absolute=image_root is not None))
-    if not lines:
-        raise InputError(f"{path}: the data set is empty")
-    unlike = next((line for line in lines if (line.label is None) != (lines[0].label is None)), None)
+    lines = JsonlLines(path, image_root=image_root, keys={"caption": "text or [text, ...]"}, parse=_parse_pair)
+    labelled = lines.lines[0].content.label is not None
+    unlike = next((line for line in lines.lines if (line.content.label is not None) != labelled), None)
     if unlike is not None:
         raise InputError(f"{path}:{unlike.number}: expected a label on all lines or on none")
-    absent = next((line for line in lines if not (root / line.image).is_file()), None)
-    if absent is not None:
-        raise InputError(f"{path}:{absent.number}: cannot read image {absent.image!r}: No such file")
-    source = JsonlSource(path, root, lines)
-    first = source[0]
-    try:
-        load_image(first["image"], image_size=1)
-    except CorruptExampleError as error:
-        raise InputError(f"{first['origin']}: {error}") from error
-    return source
+    return JsonlSource(lines)
 
 
-class _Line:
-    """One checked line of a JSONL file."""
-
-    __slots__ = ("captions", "image", "label", "number")
-
-    def __init__(self, number: int, image: str, captions: Sequence[str], label: int | None):
-        self.number = number
-        self.image = image
-        self.captions = captions
-        self.label = label
+class _Pair(NamedTuple):
+    captions: list[str]
+    label: int | None
 
 
-def _parse_lines(path: Path, text: bytes, root: Path, *, allow_absolute: bool) -> Iterator[_Line]:
-    for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield _parse_line(number, json.loads(line.decode()), root, allow_absolute)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: expected one JSON object a line: {error.msg}") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: expected UTF-8: {error.reason} at byte {error.start}") from error
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from error
-
-
-def _parse_line(number: int, value: Any, root: Path, allow_absolute: bool) -> _Line:
-    expected = '{"image": path, "caption": text or [text, ...]}'
-    if not isinstance(value, dict):
-        raise InputError(f"expected {expected}, got {type(value).__name__}")
-    missing = [key for key in ("image", "caption") if key not in value]
-    if missing:
-        raise InputError(f"expected {expected}, '{missing[0]}' is missing")
-    captions = [value["caption"]] if isinstance(value["caption"], str) else value["caption"]
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise InputError(f"expected 'caption' to be a text or a list of texts, not empty, got {value['caption']!r}")
+def _parse_pair(value: Mapping[str, Any]) -> _Pair:
+    captions = parsed_texts("caption", value["caption"])
     label = value.get("label")
     if label is not None and (not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31):
         raise InputError(f"expected 'label' to be an integer from 0, got {label!r}")
-    return _Line(number, _checked_image(value["image"], root, allow_absolute), captions, label)
-
-
-def _checked_image(image: Any, root: Path, allow_absolute: bool) -> str:
-    if not isinstance(image, str) or not image or "\0" in image:
-        raise InputError(f"expected 'image' to be a path, got {image!r}")
-    if os.path.isabs(image) and not allow_absolute:
-        raise InputError(
-            f"expected 'image' to be relative, got {image!r}; give image_root to allow absolute paths in it"
-        )
-    base = os.path.abspath(root)
-    # Compared by name: a link inside the folder was put there by its owner and may lead to another disk.
-    if os.path.commonpath([base, os.path.abspath(os.path.join(base, image))]) != base:
-        raise InputError(f"image {image!r} leads out of {root}")
-    return image
-
-
-def _prepared_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-    """The builder of a data set that is completely on disk; several processes may ask at once.
-
-    TFDS writes into a folder of its own and renames it when it is complete. So an interrupted build leaves nothing that
-    could be taken for data, and of two builds at the same time the second one finds its name taken and is dropped.
-    """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise InputError('TFDS data sets need tensorflow-datasets: pip install "repkit[data]"') from error
-    from repkit.data import digit_scenes  # registers its name with TFDS
-
-    def make_builder() -> Any:
-        return tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
-
-    try:
-        builder = make_builder()
-    except tfds.core.DatasetNotFoundError as error:
-        raise unknown_name("TFDS data set", name, tfds.list_builders(with_community_datasets=False)) from error
-    # TFDS says with an AssertionError that it has no such version.
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"TFDS data set {name}: {str(error).splitlines()[0]}") from error
-    if builder.data_path.exists():
-        return builder
-    quiet = isinstance(builder, digit_scenes.DigitScenes)
-    try:
-        with _without_output() if quiet else contextlib.nullcontext():
-            builder.download_and_prepare(file_format="array_record")
-    except OSError as error:
-        if not builder.data_path.exists():
-            raise InputError(f"cannot prepare {name} in {builder.data_path}: {error}; give another data_dir") from error
-    except ImportError as error:
-        raise InputError(f"cannot prepare {name}: its builder needs what is not installed: {error}") from error
-    # A new one, because the information of a builder that lost the race is incomplete.
-    return make_builder()
-
-
-@contextlib.contextmanager
-def _without_output() -> Iterator[None]:
-    """Swallows TFDS's greeting and its progress bars."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    return _Pair(captions, label)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repkit.data import digit_scenes
+from repkit.data.scene_tasks import TASKS
+from repkit.data.sequence_sources import scene_task_source
 from repkit.data.sources import JsonlSource, TfdsSource, digit_scenes_source, jsonl_source
 from repkit.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -20,6 +23,17 @@ PAIRS = 23
 def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TFDS folder that fills up with the digit scenes that tests ask for."""
     return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="session")
+def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder with the generation tasks on digit scenes, with 60, 12 and 24 examples."""
+    folder = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digit_scenes, "TASK_SPLIT_SIZES", {"train": 60, "validation": 12, "test": 24})
+        for task in TASKS:
+            scene_task_source(task, "train", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
