@@ -10,7 +10,6 @@ opened, and the next writing begins anew.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from jaxtyping import Array, Bool, UInt32
 from repkit.checks import InputError, require_choice, unknown_name
 from repkit.objective import value_at
 from repkit.train.loop import Batches
-from repkit.train.mesh import make_mesh, put_batch, state_shardings
+from repkit.train.mesh import batch_devices, make_mesh, put_batch, state_shardings
 from repkit.train.step import TEACHER_ARRAYS, Batch
 from repkit.train.teacher import FrozenTeacher
 
@@ -207,10 +206,17 @@ def _outputs(
         return _Outputs(values, jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim))))
 
     run = jax.jit(chosen)
-    started = ((batch, run(params, put_batch(batch, mesh))) for batch in batches)
-    for current, _ in itertools.pairwise(itertools.chain(started, [None])):
-        assert current is not None
-        yield current
+    running = None
+    for batch in batches:
+        rows, parts = len(batch["where"]), batch_devices(mesh)
+        if rows % parts:
+            raise InputError(f"write_cache: a batch of {rows} rows cannot be split over {parts} devices")
+        started = (batch, run(params, put_batch(batch, mesh)))
+        if running is not None:
+            yield running
+        running = started
+    if running is not None:
+        yield running
 
 
 class _Writer:
@@ -230,7 +236,8 @@ class _Writer:
         if not self._arrays:
             self._begin(batch, outputs)
         ids = example_id[where]
-        beyond = example_id[(example_id < 0) | (example_id >= self._examples)]
+        in_range = (example_id >= 0) & (example_id < self._examples)
+        beyond = example_id[where & ~in_range]
         if len(beyond):
             raise InputError(f"write_cache: expected example_id in [0, {self._examples}), got {beyond[0]}")
         for path, (values, is_finite) in outputs.items():
@@ -243,7 +250,7 @@ class _Writer:
             self._arrays[path][ids] = np.asarray(values)[where]
         self._checksums[ids] = _checksums(batch, self.inputs or ())[where]
         self._known[ids] = True
-        self._came[example_id] = True
+        self._came[example_id[in_range]] = True
 
     def _begin(self, batch: Batch, outputs: Mapping[str, _Outputs]) -> None:
         self.inputs = [name for name in batch if name not in NOT_INPUTS] if self.inputs is None else self.inputs
@@ -395,6 +402,12 @@ def open_cache(directory: str | os.PathLike[str], *, teacher: str, data: str) ->
     return TeacherCache(directory, about["teacher"], arrays, inputs, np.array(checksums), np.array(known))
 
 
+class ClosableBatches(Batches, Protocol):
+    """A stream of batches that holds threads or files."""
+
+    def close(self) -> None: ...
+
+
 class TeacherBatches:
     """A stream of batches whose rows also hold what a cached teacher said, as arrays `teacher/<path>`.
 
@@ -405,7 +418,7 @@ class TeacherBatches:
         cache: of the same data.
     """
 
-    def __init__(self, batches: Batches, cache: TeacherCache):
+    def __init__(self, batches: ClosableBatches, cache: TeacherCache):
         self._batches = batches
         self._cache = cache
 
