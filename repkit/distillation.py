@@ -103,8 +103,8 @@ def match_layers(
         (('s.0', 't.1'), ('s.1', 't.2'))
 
     References:
-        Zhao et al., AAAI 2024, doi 10.1609/aaai.v38i7.28583, do not say which layers are matched when the depths differ:
-        both formulas are ours, as are that `round` takes a tie to the even number and that one layer takes the last.
+        Which layers are matched when the depths differ is ours; Zhao et al., AAAI 2024, doi 10.1609/aaai.v38i7.28583,
+        do not settle it. `round` takes a tie to the even number, as Python's does.
     """
     for side, layers in (("student", student_layers), ("teacher", teacher_layers)):
         if not layers or isinstance(layers, str):

@@ -25,9 +25,8 @@ def _evaluate(objective, outputs, teacher=None, batch=None):
         ("outputs.attention.encoder.blocks.0.attention", "layer 0"),
         ("outputs.attention.encoder.blocks.10.attention", "layer 10"),
         ("outputs.attention.encoder", "whole"),
-        ("outputs.hidden.encoder.blocks.0", "nested"),
-        ("outputs.hidden.encoder.blocks.0.norm", "a longer key leads nowhere"),
-        ("outputs.hidden.decoder.0", "longest"),
+        ("outputs.hidden.encoder.blocks.0", "the longest key"),
+        ("outputs.hidden.encoder.blocks.0.norm", "a shorter key, as the longest leads no further"),
         ("batch.image", "pixels"),
     ],
 )
@@ -40,16 +39,12 @@ def test_keys_of_outputs_may_hold_dots(path, expected):
                 "encoder": "whole",
             },
             "hidden": {
-                "encoder": {"blocks.0": "nested", "blocks": {"0.norm": "a longer key leads nowhere"}},
-                "encoder.blocks.0": {"": "never asked for"},
-                "decoder": {"0": "shorter"},
-                "decoder.0": "longest",
+                "encoder": {"blocks": {"0.norm": "a shorter key, as the longest leads no further", "0": "shorter"}},
+                "encoder.blocks.0": "the longest key",
             },
         },
         "batch": {"image": "pixels"},
     }
-    if path == "outputs.hidden.encoder.blocks.0":
-        del sources["outputs"]["hidden"]["encoder.blocks.0"]
     assert value_at(sources, path, "the test") == expected
 
 
