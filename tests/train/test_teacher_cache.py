@@ -91,7 +91,7 @@ def test_another_teacher_and_other_data_are_refused(written):
         open_cache(written.directory, teacher=other.identity, data="ten rows")
     with pytest.raises(InputError, match="belongs to the data 'ten rows', expected 'eleven rows'"):
         open_cache(written.directory, teacher=TEACHER.identity, data="eleven rows")
-    with pytest.raises(InputError, match="the teacher .*; it belongs to the data"):
+    with pytest.raises(InputError, match=r"the teacher .*; it belongs to the data"):
         open_cache(written.directory, teacher=other.identity, data="eleven rows")
 
 
