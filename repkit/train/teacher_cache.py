@@ -225,7 +225,8 @@ class _Writer:
     def __init__(self, folder: Path, examples: int, inputs: Sequence[str] | None):
         self._folder = folder
         self._examples = examples
-        self.inputs = inputs
+        self._asked_for = inputs
+        self.inputs: tuple[str, ...] = ()
         self._arrays: dict[str, np.memmap] = {}
         self._checksums = np.zeros((0, 0), np.uint32)
         self._known = np.zeros(examples, bool)
@@ -248,12 +249,13 @@ class _Writer:
                     f"{bad[0]}; look at the teacher, or choose dtype='float32' if its values are large"
                 )
             self._arrays[path][ids] = np.asarray(values)[where]
-        self._checksums[ids] = _checksums(batch, self.inputs or ())[where]
+        self._checksums[ids] = _checksums(batch, self.inputs)[where]
         self._known[ids] = True
         self._came[example_id[in_range]] = True
 
     def _begin(self, batch: Batch, outputs: Mapping[str, _Outputs]) -> None:
-        self.inputs = [name for name in batch if name not in NOT_INPUTS] if self.inputs is None else self.inputs
+        every = tuple(name for name in batch if name not in NOT_INPUTS)
+        self.inputs = every if self._asked_for is None else tuple(self._asked_for)
         for name in self.inputs:
             if name not in batch:
                 raise unknown_name("input of the batch", name, batch)
