@@ -118,6 +118,8 @@ def _train(options: argparse.Namespace) -> int:
     batches.set_state(start)
     run.create(config, options.recipe)
     experiment.save(run.path)
+    if experiment.summary is not None:
+        print(experiment.summary())
 
     placement = make_placement(config.train, *model, rules=experiment.sharding_rules, teacher=teacher)
     term_gradient_norms = None

@@ -40,6 +40,7 @@ class Experiment(NamedTuple):
         sharding_rules: how leaves of the training state are sharded over a mesh.
         teacher: loads what gives the training step its targets, see `repkit.train.teacher`; None where nothing runs
             beside the model. Evaluations do not call it.
+        summary: text to read before the training begins, such as `repkit.distillation.describe` of its matches.
     """
 
     init: Callable[[Any], Any]
@@ -53,6 +54,7 @@ class Experiment(NamedTuple):
     save: Callable[[Path], None]
     sharding_rules: tuple[Any, ...] = ()
     teacher: Callable[[], Any] | None = None
+    summary: Callable[[], str] | None = None
 
 
 def load_recipe(path: Path) -> ModuleType:

@@ -5,7 +5,7 @@ batches, see `repkit.train.teacher_cache`; the terms of an objective take it at 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -98,8 +98,8 @@ class MomentumTeacher:
     """
 
     forward: Forward
-    identity: None = None
-    rules: Rules = ()
+    identity: None = field(default=None, init=False)
+    rules: Rules = field(default=(), init=False)
 
     def abstract_params(self) -> tuple[()]:
         """None of its own: they are part of the training state."""
