@@ -109,19 +109,22 @@ def _train(options: argparse.Namespace) -> int:
         raise InputError("training on several processes is not supported yet; start one process")
     check_devices(config.train)
     experiment = recipe.build(config, run.path)
+    teacher = None if experiment.teacher is None else experiment.teacher()
     batches = experiment.batches()
     start = batches.get_state()
-    check_step(config.train, experiment.init, experiment.forward, experiment.objective, next(batches))
+    model = (experiment.init, experiment.forward, experiment.objective)
+    check_step(config.train, *model, next(batches), teacher=teacher)
     batches.set_state(start)
     run.create(config, options.recipe)
     experiment.save(run.path)
+    if experiment.summary is not None:
+        print(experiment.summary())
 
-    placement = make_placement(
-        config.train, experiment.init, experiment.forward, experiment.objective, rules=experiment.sharding_rules
-    )
+    placement = make_placement(config.train, *model, rules=experiment.sharding_rules, teacher=teacher)
     term_gradient_norms = None
     if config.train.log_term_gradients:
-        term_gradient_norms = jax.jit(make_term_gradient_norms(experiment.forward, experiment.objective))
+        norms = jax.jit(make_term_gradient_norms(experiment.forward, experiment.objective, teacher=teacher))
+        term_gradient_norms = lambda state, batch: norms(state, batch, placement.teacher_params)  # noqa: E731
     is_first = jax.process_index() == 0
     with (
         Interrupts() as interrupts,

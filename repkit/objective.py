@@ -1,7 +1,7 @@
 """From named loss terms to one scalar and its metrics.
 
-A `Term` says which loss, where its arguments are (dotted paths into the batch and the model's outputs) and how much it
-counts; an `Objective` is a dict of terms. Neither knows a model or an optimizer.
+A `Term` says which loss, where its arguments are (dotted paths into the batch, the model's outputs and a teacher's
+outputs) and how much it counts; an `Objective` is a dict of terms. Neither knows a model or an optimizer.
 """
 
 import difflib
@@ -30,8 +30,10 @@ class Term:
 
     Attributes:
         loss: any function with the signature of `repkit.losses`.
-        inputs: the paths of its positional arguments, such as `"outputs.image.embeds"`. A path starts with `batch` or
-            `outputs` and follows dictionary keys.
+        inputs: the paths of its positional arguments, such as `"outputs.image.embeds"`. A path starts with `batch`,
+            `outputs` or `teacher` and follows dictionary keys, which may themselves hold dots:
+            `"teacher.attention.encoder.blocks.0.attention"` finds `outputs["attention"]["encoder.blocks.0.attention"]`
+            of the teacher.
         keywords: keyword argument to path, for arguments that are arrays, such as
             `{"logit_scale": "outputs.logit_scale"}`.
         options: keyword argument to constant, for hyper-parameters.
@@ -131,6 +133,18 @@ class Objective:
             raise unknown_name("term", name, self.terms)
         return Objective({name: self.terms[name]})
 
+    def teacher_paths(self) -> tuple[str, ...]:
+        """The outputs of the teacher that the terms take, without the leading `teacher.`, each of them once.
+
+        >>> from repkit import losses
+        >>> layer = "attention.encoder.blocks.0.attention"
+        >>> term = Term(losses.attention_map_alignment, (f"outputs.{layer}", f"teacher.{layer}"))
+        >>> Objective({"attention": term}).teacher_paths()
+        ('attention.encoder.blocks.0.attention',)
+        """
+        taken = (path for term in self.terms.values() for path in (*term.inputs, *term.keywords.values()))
+        return tuple(dict.fromkeys(path.removeprefix("teacher.") for path in taken if path.startswith("teacher.")))
+
     def over_mesh(self, mesh: Mesh, axis_name: AxisName) -> "Objective":
         """The objective whose losses between rows are split over axes of a mesh; see `repkit.losses.over_mesh`."""
 
@@ -149,8 +163,8 @@ class Objective:
         sources = {"batch": batch}
         weights = {}
         for name, term in self.terms.items():
-            where = _lookup(sources, term.where, name)
-            row_weights = None if term.weights is None else _lookup(sources, term.weights, name)
+            where = value_at(sources, term.where, f"term '{name}'")
+            row_weights = None if term.weights is None else value_at(sources, term.weights, f"term '{name}'")
             mean = WeightedMean.of(jnp.zeros(where.shape), where=where, weights=row_weights)
             weights[name] = mean.sum_over(axis_name).weight
         return weights
@@ -163,6 +177,7 @@ class Objective:
         *,
         step: Array | int,
         key: Array,
+        teacher: Mapping[str, Any] | None = None,
         normalizers: Mapping[str, Array] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[Array, ""], Report]:
@@ -174,6 +189,7 @@ class Objective:
             memories: the losses' memories, as `init_memories` or an earlier report gave them.
             step: the training step; it enters the weight schedules.
             key: typed random key of this step, the same on every device.
+            teacher: the teacher's named outputs for the batch; no gradient flows into them. None without a teacher.
             normalizers: what `normalizers` gave for the whole batch, when these rows are only a part of it.
             axis_name: the mapped axis when called inside `pmap` or `shard_map` with one device's rows.
 
@@ -182,16 +198,16 @@ class Objective:
             total: differentiate it, then sum gradients over the axis.
 
         Raises:
-            InputError: if a path of a term leads nowhere.
+            InputError: if a path of a term leads nowhere, or a loss refuses what it finds there.
         """
         normalizers = self.normalizers(batch, axis_name) if normalizers is None else normalizers
-        sources = {"batch": batch, "outputs": outputs}
+        sources = {"batch": batch, "outputs": outputs, "teacher": jax.lax.stop_gradient(dict(teacher or {}))}
         scalar = jnp.zeros((), jnp.float32)
         new_memories, means, diagnostics = {}, {}, {}
         for name, term in self.terms.items():
             values, memory = _evaluate(term, name, sources, memories.get(name), key, axis_name)
-            where = _lookup(sources, term.where, name)
-            weights = None if term.weights is None else _lookup(sources, term.weights, name)
+            where = value_at(sources, term.where, f"term '{name}'")
+            weights = None if term.weights is None else value_at(sources, term.weights, f"term '{name}'")
             mean = WeightedMean(WeightedMean.of(values, where=where, weights=weights).total, normalizers[name])
             scalar = scalar + _weight_at(term, step) * mean.value()
             means[name] = mean
@@ -214,8 +230,8 @@ def _evaluate(
     term: Term, name: str, sources: Mapping[str, Any], memory: Any, key: Array, axis_name: AxisName | None
 ) -> tuple[Array, Any]:
     parameters = inspect.signature(term.loss).parameters
-    arguments = [_lookup(sources, path, name) for path in term.inputs]
-    keywords = {argument: _lookup(sources, path, name) for argument, path in term.keywords.items()}
+    arguments = [value_at(sources, path, f"term '{name}'") for path in term.inputs]
+    keywords = {argument: value_at(sources, path, f"term '{name}'") for argument, path in term.keywords.items()}
     keywords |= term.options
     if "key" in parameters:
         keywords["key"] = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -225,23 +241,58 @@ def _evaluate(
         keywords["memory"] = memory
     if term.weights is not None:
         # Per-row values come back unweighted; but a loss may also weigh rows against one another inside.
-        keywords["weights"] = _lookup(sources, term.weights, name)
-    result = term.loss(*arguments, **keywords, where=_lookup(sources, term.where, name), reduction="none")
+        keywords["weights"] = value_at(sources, term.weights, f"term '{name}'")
+    try:
+        result = term.loss(
+            *arguments, **keywords, where=value_at(sources, term.where, f"term '{name}'"), reduction="none"
+        )
+    except InputError as error:
+        # Many terms may share one loss, so that its own message does not say which of them cannot work.
+        raise InputError(f"term '{name}' of {', '.join(term.inputs)}: {error}") from error
     return result if isinstance(result, tuple) else (result, None)
 
 
-def _lookup(sources: Mapping[str, Any], path: str, term: str) -> Any:
-    value: Any = sources
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            known = list(_paths(sources))
-            near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-            raise InputError(
-                f"term '{term}': nothing at the path '{path}'; "
-                f"{'near: ' + ', '.join(near) if near else 'there are: ' + ', '.join(known)}"
-            )
-        value = value[part]
-    return value
+def value_at(sources: Mapping[str, Any], path: str, reader: str) -> Any:
+    """What lies at a dotted path through nested dicts, whose keys may hold dots as well.
+
+    Args:
+        sources: the nested dicts, by the first part of a path.
+        path: such as `"outputs.image.embeds"`. Where keys allow for several readings, the longest key counts first.
+        reader: who asks, for the message.
+
+    Raises:
+        InputError: nothing is there; the message names near paths.
+
+    Example:
+        >>> value_at({"outputs": {"hidden": {"blocks.0": "here"}}}, "outputs.hidden.blocks.0", "term 'hidden'")
+        'here'
+    """
+    found = list(_values_at(sources, path))
+    if found:
+        return found[0]
+    if path.startswith("teacher.") and not sources.get("teacher"):
+        raise InputError(
+            f"{reader} takes '{path}', but there is no teacher; "
+            "give the update one, or the batches the arrays of a teacher's cache"
+        )
+    known = list(_paths(sources))
+    near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+    raise InputError(
+        f"{reader}: nothing at the path '{path}'; "
+        f"{'near: ' + ', '.join(near) if near else 'there are: ' + ', '.join(known)}"
+    )
+
+
+def _values_at(tree: Any, path: str) -> Iterator[Any]:
+    """What the path may mean, as keys can hold dots too: the longest key first."""
+    if not path:
+        yield tree
+    elif isinstance(tree, Mapping):
+        parts = path.split(".")
+        for count in range(len(parts), 0, -1):
+            key = ".".join(parts[:count])
+            if key in tree:
+                yield from _values_at(tree[key], ".".join(parts[count:]))
 
 
 def _paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -38,6 +38,9 @@ class Experiment(NamedTuple):
         figures: from parameters and a folder to the paths of the figures drawn into it.
         save: writes what `build` needs to find again, such as a trained tokenizer, into the run directory.
         sharding_rules: how leaves of the training state are sharded over a mesh.
+        teacher: loads what gives the training step its targets, see `repkit.train.teacher`; None where nothing runs
+            beside the model. Evaluations do not call it.
+        summary: text to read before the training begins, such as `repkit.distillation.describe` of its matches.
     """
 
     init: Callable[[Any], Any]
@@ -50,6 +53,8 @@ class Experiment(NamedTuple):
     figures: Callable[[Any, Path], list[Path]]
     save: Callable[[Path], None]
     sharding_rules: tuple[Any, ...] = ()
+    teacher: Callable[[], Any] | None = None
+    summary: Callable[[], str] | None = None
 
 
 def load_recipe(path: Path) -> ModuleType:

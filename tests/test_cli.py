@@ -227,3 +227,90 @@ def test_a_killed_run_resumes_to_the_very_same_parameters(tmp_path, extra):
     ]
     assert losses[0] == losses[1]
     assert list(losses[0]) == list(range(1, 41))
+
+
+TEACHER_RECIPE = """
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repkit.objective import Objective, Term
+from repkit.recipe import Experiment
+from repkit.train.config import TrainConfig
+from repkit.train.teacher import FrozenTeacher
+
+
+@dataclass(frozen=True)
+class Config:
+    slope: float = 2.0
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=4, batch_size=8, warmup_steps=1, log_every=2, checkpoint_every=2, log_term_gradients=True
+        )
+    )
+
+
+def smoke(config):
+    return config
+
+
+class Stream:
+    corrupt = 0
+    position = 0
+
+    def __next__(self):
+        self.position += 1
+        return {"x": np.linspace(-1, 1, 8, dtype=np.float32), "where": np.ones(8, bool)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+    def close(self):
+        pass
+
+
+def forward(params, batch, key):
+    return {"y": params["slope"] * batch["x"]}
+
+
+def squared_error(student, teacher, *, where=None, reduction="mean"):
+    return jnp.square(student - teacher)
+
+
+def build(config, directory):
+    return Experiment(
+        init=lambda key: {"slope": jnp.ones(())},
+        forward=forward,
+        objective=Objective({"error": Term(squared_error, ("outputs.y", "teacher.y"))}),
+        batches=Stream,
+        validate=lambda params: {"slope": float(params["slope"])},
+        best_metric="slope",
+        evaluate=lambda params: [],
+        figures=lambda params, folder: [],
+        save=lambda folder: None,
+        teacher=lambda: FrozenTeacher(forward, {"slope": np.asarray(config.slope, np.float32)}),
+        summary=lambda: "student <- teacher",
+    )
+"""
+
+
+def test_a_recipe_with_a_teacher_trains_and_goes_on_with_the_same_teacher_only(capsys, tmp_path):
+    recipe, run = tmp_path / "recipe.py", tmp_path / "run"
+    recipe.write_text(TEACHER_RECIPE)
+    arguments = ["train", str(recipe), "--run", str(run)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("student <- teacher\n")
+    first, *_, last = read_metrics(run / "metrics.jsonl")
+    assert 0 < last["error"] < first["error"]
+    assert last["error/gradient_norm"] > 0
+    # The same settings, but what stands behind them has changed.
+    recipe.write_text(
+        TEACHER_RECIPE.replace('{"slope": np.asarray(config.slope', '{"slope": np.asarray(3 + config.slope')
+    )
+    assert main([*arguments, "--resume"]) == 2
+    assert "cannot resume with another teacher" in capsys.readouterr().err

@@ -18,6 +18,7 @@ ALLOWED = {
     "losses": FOUNDATION,
     "metrics": FOUNDATION,
     "objective": FOUNDATION | {"losses"},
+    "distillation": FOUNDATION | {"losses", "objective"},
     "models": FOUNDATION,
     "data": FOUNDATION,
     "train": FOUNDATION | {"losses", "metrics", "objective"},

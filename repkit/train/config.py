@@ -12,7 +12,17 @@ from repkit.numerics import AxisName
 from repkit.objective import Objective
 from repkit.train.mesh import Rules, batch_axes, batch_devices, make_mesh
 from repkit.train.state import TrainState, init_state
-from repkit.train.step import PMAP_AXIS, Batch, Forward, Placement, Update, jit_placement, make_update, pmap_placement
+from repkit.train.step import (
+    PMAP_AXIS,
+    Batch,
+    Forward,
+    Placement,
+    Teacher,
+    UnplacedUpdate,
+    jit_placement,
+    make_update,
+    pmap_placement,
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,7 @@ def make_placement(
     objective: Objective,
     *,
     rules: Rules = (),
+    teacher: Teacher | None = None,
 ) -> Placement:
     """Places the update that the configuration describes.
 
@@ -127,25 +138,34 @@ def make_placement(
         forward: the model.
         objective: the loss terms.
         rules: how leaves of the state are sharded over the mesh.
+        teacher: what gives the step its targets, if that runs in the step; see `repkit.train.teacher`.
     """
     if config.placement == "pmap":
-        return pmap_placement(*_functions(config, init, forward, objective, axis_name=PMAP_AXIS))
+        functions = _functions(config, init, forward, objective, teacher, axis_name=PMAP_AXIS)
+        return pmap_placement(*functions, teacher=teacher)
     mesh = make_mesh(config.mesh)
     if batch_devices(mesh) > 1:
         objective = objective.over_mesh(mesh, batch_axes(mesh))
-    return jit_placement(*_functions(config, init, forward, objective), mesh, rules=rules)
+    return jit_placement(*_functions(config, init, forward, objective, teacher), mesh, rules=rules, teacher=teacher)
 
 
 def check_step(
-    config: TrainConfig, init: Callable[[jax.Array], object], forward: Forward, objective: Objective, batch: Batch
+    config: TrainConfig,
+    init: Callable[[jax.Array], object],
+    forward: Forward,
+    objective: Objective,
+    batch: Batch,
+    *,
+    teacher: Teacher | None = None,
 ) -> None:
     """Traces a step on a batch, without any computation, so that what cannot work is known before the run begins.
 
     Raises:
         InputError: what the model and the losses raise for settings and inputs that they cannot use.
     """
-    update, make_state = _functions(config, init, forward, objective)
-    jax.eval_shape(update, jax.eval_shape(make_state, jax.random.key(0)), dict(batch))
+    update, make_state = _functions(config, init, forward, objective, teacher)
+    teacher_params = () if teacher is None else teacher.abstract_params()
+    jax.eval_shape(update, jax.eval_shape(make_state, jax.random.key(0)), dict(batch), teacher_params)
 
 
 def _functions(
@@ -153,15 +173,17 @@ def _functions(
     init: Callable[[jax.Array], object],
     forward: Forward,
     objective: Objective,
+    teacher: Teacher | None,
     *,
     axis_name: AxisName | None = None,
-) -> tuple[Update, Callable[[jax.Array], TrainState]]:
+) -> tuple[UnplacedUpdate, Callable[[jax.Array], TrainState]]:
     """The update, and what makes the state that it takes."""
     optimizer = make_optimizer(config)
     update = make_update(
         forward,
         objective,
         optimizer,
+        teacher=teacher,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
         axis_name=axis_name,

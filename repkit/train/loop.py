@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from repkit.checks import InputError
 from repkit.train.checkpoint import Checkpointer
 from repkit.train.interrupt import Interrupts
 from repkit.train.logging import MetricLogger
@@ -81,6 +82,7 @@ def fit(
 
     Raises:
         NonFiniteLoss: if the loss or the gradient of a step that is logged or saved is not finite.
+        InputError: if the run that is to go on had another teacher.
     """
     state, step = _start(placement, batches, key, checkpointer)
 
@@ -92,7 +94,7 @@ def fit(
                 quality = dict(validate(placement.get_state(state).evaluation_params))
                 logger.log(step, quality)
         finally:
-            checkpointer.save(step, placement.get_state(state), batches.get_state(), quality)
+            checkpointer.save(step, placement.get_state(state), _position(placement, batches), quality)
 
     saved = step
     metrics: Metrics = {}
@@ -123,8 +125,18 @@ def _start(placement: Placement, batches: Batches, key: Array, checkpointer: Che
     if checkpointer.latest_step() is None:
         return placement.init(key), 0
     restored = checkpointer.restore(placement.abstract)
+    saved, here = (position.get("teacher") for position in (restored.data_position, _position(placement, batches)))
+    if saved != here:
+        saved, here = ("none" if teacher is None else f"{teacher[:12]}…" for teacher in (saved, here))
+        raise InputError(f"cannot resume with another teacher: the run had {saved}, here it is {here}")
     batches.set_state(restored.data_position)
     return placement.put_state(restored.state), restored.step
+
+
+def _position(placement: Placement, batches: Batches) -> dict[str, Any]:
+    """Where the run stands in its data, and which teacher it learns from, be it in the step or in the batches."""
+    position = batches.get_state()
+    return position if placement.teacher_identity is None else {**position, "teacher": placement.teacher_identity}
 
 
 def _row(metrics: Metrics) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One pure update, and its two placements: `jax.jit` over a mesh, and `jax.pmap`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,37 @@ Metrics = dict[str, Array]
 Forward = Callable[[Any, Batch, Array | None], dict[str, Any]]
 """`forward(params, batch, key) -> named outputs`; a key of None asks for the deterministic evaluation."""
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+UnplacedUpdate = Callable[..., tuple[TrainState, Metrics]]
+"""`update(state, batch, teacher_params=()) -> (new state, metrics)`, as `make_update` makes it."""
+
+TEACHER_ARRAYS = "teacher/"
+"""How the names of a batch's arrays begin that a teacher gave, such as those of a cache: `teacher/<path>`."""
+
+
+class Teacher(Protocol):
+    """A model that is not trained in the step and gives it targets; see `repkit.train.teacher`."""
+
+    @property
+    def identity(self) -> str | None:
+        """Of the parameters, where they are fixed."""
+        ...
+
+    @property
+    def rules(self) -> Rules:
+        """How the teacher's own parameters are sharded over a mesh."""
+        ...
+
+    def abstract_params(self) -> Any:
+        """Shapes and dtypes of its own parameters; `()` if it has none."""
+        ...
+
+    def put_params(self, shardings: Any) -> Any:
+        """Places a copy of its own parameters."""
+        ...
+
+    def outputs(self, params: Any, state: TrainState, batch: Batch) -> dict[str, Any]:
+        """Its named outputs for these rows, with its own parameters as `put_params` placed them."""
+        ...
 
 
 def make_update(
@@ -28,16 +59,22 @@ def make_update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
+    teacher: Teacher | None = None,
     accumulate: int = 1,
     ema_decay: float | None = None,
     axis_name: AxisName | None = None,
-) -> Update:
-    """Makes the pure function `(state, batch) -> (new state, metrics)` of one training step.
+) -> UnplacedUpdate:
+    """Makes the pure function `(state, batch, teacher_params=()) -> (new state, metrics)` of one training step.
+
+    What the batch holds as `teacher/<path>` is for the terms only, at their paths `teacher.<path>`; the models do not
+    see it.
 
     Args:
         forward: the model.
         objective: the loss terms.
         optimizer: the optax optimizer, gradient clipping included.
+        teacher: runs in the same step, without a gradient; its own parameters are the update's third argument. None
+            where there is no teacher, or the batches bring what it said.
         accumulate: number of parts in which the batch is walked, one after the other, so that the model holds the
             activations of one part at a time. Losses between examples see the candidates of their part only.
         ema_decay: d of the moving average  ema <- d ema + (1 - d) params;  None for a state without one.
@@ -48,11 +85,14 @@ def make_update(
         before any clipping, and the diagnostics of the losses with a memory.
     """
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch, teacher_params: Any = ()) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         normalizers = objective.normalizers(batch, axis_name)
 
         def gradients(rows: Batch, memories: dict[str, Any], key: Array) -> tuple[Any, Report]:
+            # Outside of what is differentiated, so that no tangent or residual of the teacher is ever computed.
+            rows, targets = _with_targets(teacher, teacher_params, state, rows)
+
             def scalar(params: Any) -> tuple[Float[Array, ""], Report]:
                 outputs = forward(params, rows, _device_key(key, axis_name))
                 return objective(
@@ -61,6 +101,7 @@ def make_update(
                     memories,
                     step=state.step,
                     key=key,
+                    teacher=targets,
                     normalizers=normalizers,
                     axis_name=axis_name,
                 )
@@ -87,25 +128,45 @@ def make_update(
     return update
 
 
-def make_term_gradient_norms(forward: Forward, objective: Objective) -> Callable[[TrainState, Batch], Metrics]:
-    """Makes the function `(state, batch) -> {term: |∂ weighted term / ∂ params|}`, for looking at how terms compete.
+def make_term_gradient_norms(
+    forward: Forward, objective: Objective, *, teacher: Teacher | None = None
+) -> Callable[..., Metrics]:
+    """Makes the function `(state, batch, teacher_params=()) -> {term: |∂ weighted term / ∂ params|}`.
 
-    It costs one forward pass and one backward pass per term, so it is run on demand and not in every step.
+    It is for looking at how terms compete. It costs one forward pass and one backward pass per term, so it is run on
+    demand and not in every step.
     """
 
-    def norms(state: TrainState, batch: Batch) -> Metrics:
+    def norms(state: TrainState, batch: Batch, teacher_params: Any = ()) -> Metrics:
         key = jax.random.fold_in(state.key, state.step)
+        batch, targets = _with_targets(teacher, teacher_params, state, batch)
         outputs, pull_back = jax.vjp(lambda params: forward(params, batch, key), state.params)
 
         def norm(name: str) -> Array:
             def scalar(outputs: dict[str, Any]) -> Array:
-                return objective.only(name)(batch, outputs, state.memories, step=state.step, key=key)[0]
+                term = objective.only(name)
+                return term(batch, outputs, state.memories, step=state.step, key=key, teacher=targets)[0]
 
             return optax.tree.norm(pull_back(jax.grad(scalar)(outputs)))
 
         return {f"{name}/gradient_norm": norm(name) for name in objective.terms}
 
     return norms
+
+
+def _with_targets(
+    teacher: Teacher | None, teacher_params: Any, state: TrainState, batch: Batch
+) -> tuple[Batch, dict[str, Any]]:
+    """The batch without what a teacher gave, and that: the arrays the batch brought, or the teacher's outputs."""
+    rows = {name: array for name, array in batch.items() if not name.startswith(TEACHER_ARRAYS)}
+    brought = {name.removeprefix(TEACHER_ARRAYS): array for name, array in batch.items() if name not in rows}
+    if teacher is None:
+        return rows, brought
+    if brought:
+        raise InputError(
+            f"the batch brings a teacher's arrays ({', '.join(brought)}), and the update has a teacher; use one of them"
+        )
+    return rows, teacher.outputs(teacher_params, state, rows)
 
 
 def _device_key(key: Array, axis_name: AxisName | None) -> Array:
@@ -154,6 +215,8 @@ class Placement(NamedTuple):
         get_state: the way back.
         put_batch: moves the rows that this process feeds to the devices.
         update: one step; the buffers of the old state are given up to the new one.
+        teacher_params: the placed parameters of a teacher, which `update` already has; `()` without one.
+        teacher_identity: which teacher it is, where its parameters are fixed; checkpoints keep it.
     """
 
     abstract: TrainState
@@ -162,10 +225,17 @@ class Placement(NamedTuple):
     get_state: Callable[[TrainState], TrainState]
     put_batch: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
     update: Update
+    teacher_params: Any = ()
+    teacher_identity: str | None = None
 
 
 def jit_placement(
-    update: Update, make_state: Callable[[Array], TrainState], mesh: Mesh, *, rules: Rules = ()
+    update: UnplacedUpdate,
+    make_state: Callable[[Array], TrainState],
+    mesh: Mesh,
+    *,
+    rules: Rules = (),
+    teacher: Teacher | None = None,
 ) -> Placement:
     """Places an update with `jax.jit` over a mesh: arrays are global, the compiler chooses the collectives.
 
@@ -174,6 +244,7 @@ def jit_placement(
         make_state: from a key to the first state; run under `jax.jit`, so no device ever holds more than its part.
         mesh: the device mesh; rows are split over its `data` and `fsdp` axes.
         rules: how leaves of the state are sharded, see `repkit.train.mesh.state_shardings`.
+        teacher: the one that the update was made with. Its parameters are placed once, by its own rules.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, optax
@@ -201,18 +272,25 @@ def jit_placement(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
     replicated = NamedSharding(mesh, PartitionSpec())
+    teacher_shardings, teacher_params = (), ()
+    if teacher is not None:
+        teacher_shardings = state_shardings(teacher.abstract_params(), mesh, teacher.rules)
+        teacher_params = teacher.put_params(teacher_shardings)
+    jitted = jax.jit(
+        update,
+        in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
     return Placement(
         abstract=abstract,
         init=jax.jit(make_state, out_shardings=shardings),
         put_state=lambda state: state,
         get_state=lambda state: state,
         put_batch=lambda batch: put_batch(_divisible(batch, batch_devices(mesh)), mesh),
-        update=jax.jit(
-            update,
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, replicated),
-            donate_argnums=0,
-        ),
+        update=lambda state, batch: jitted(state, batch, teacher_params),
+        teacher_params=teacher_params,
+        teacher_identity=None if teacher is None else teacher.identity,
     )
 
 
@@ -220,7 +298,11 @@ PMAP_AXIS = "data"
 
 
 def pmap_placement(
-    update: Update, make_state: Callable[[Array], TrainState], devices: Sequence[Any] | None = None
+    update: UnplacedUpdate,
+    make_state: Callable[[Array], TrainState],
+    devices: Sequence[Any] | None = None,
+    *,
+    teacher: Teacher | None = None,
 ) -> Placement:
     """Places an update with `jax.pmap`, for code that still uses it: every device holds the whole state.
 
@@ -228,6 +310,7 @@ def pmap_placement(
         update: from `make_update` with `axis_name=PMAP_AXIS`.
         make_state: from a key to the first state.
         devices: this process's devices; None takes all of them.
+        teacher: the one that the update was made with; every device holds all of its parameters.
     """
     devices = jax.local_devices() if devices is None else list(devices)
     mesh = Mesh(np.array(devices), PMAP_AXIS)
@@ -237,12 +320,13 @@ def pmap_placement(
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(len(devices), -1, *x.shape[1:])
 
-    def put_state(state: TrainState) -> TrainState:
-        repeat = jax.jit(
-            lambda leaves: jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *x.shape)), leaves),
-            out_shardings=copies,
-        )
-        return repeat(state)
+    put_state = jax.jit(
+        lambda leaves: jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *x.shape)), leaves),
+        out_shardings=copies,
+    )
+    teacher_params = ()
+    if teacher is not None:
+        teacher_params = put_state(teacher.put_params(jax.tree.map(lambda _: replicated, teacher.abstract_params())))
 
     return Placement(
         abstract=jax.tree.map(
@@ -253,7 +337,9 @@ def pmap_placement(
         put_state=put_state,
         get_state=lambda state: jax.tree.map(lambda x: x[0], state),
         put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, len(devices)))),
-        update=mapped,
+        update=lambda state, batch: mapped(state, batch, teacher_params),
+        teacher_params=teacher_params,
+        teacher_identity=None if teacher is None else teacher.identity,
     )
 
 
