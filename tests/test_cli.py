@@ -138,6 +138,7 @@ def test_doctor_finds_every_device_well(capsys):
     assert "MISSING" not in output
 
 
+@pytest.mark.slow
 def test_training_on_a_mesh_with_a_tensor_axis(tmp_path):
     data = _from_jsonl(_pairs(tmp_path))
     assert (
@@ -147,6 +148,7 @@ def test_training_on_a_mesh_with_a_tensor_axis(tmp_path):
     assert CheckpointReader(tmp_path / "run" / "checkpoints").steps() == [4]
 
 
+@pytest.mark.slow
 def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
     run = tmp_path / "run"
     data = _from_jsonl(_pairs(tmp_path))

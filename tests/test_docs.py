@@ -8,6 +8,7 @@ import pytest
 from repkit import losses
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_losses_gives_one_value_on_eight_devices_and_on_one():
     page = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
     values = []

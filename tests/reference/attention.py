@@ -101,7 +101,7 @@ def attention_map_alignment(
             continue
         student, held, teacher = ([_flat(head) for head in each] for each in (student, held, teacher))
         if variant == "projected_kl":
-            weight, bias = projection
+            weight, bias = (np.asarray(each, float) for each in projection)
             student = held = [
                 [max(0.0, bias[m] + sum(weight[m, n] * s[n] for n in range(len(s)))) for m in range(len(s))]
                 for s in student
