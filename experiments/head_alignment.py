@@ -1,0 +1,497 @@
+"""Recipe: an encoder-decoder on tasks of digit scenes, alone (a teacher) or with what a teacher of more heads shows.
+
+    repkit train experiments/head_alignment.py --run runs/teacher
+    repkit train experiments/head_alignment.py --run runs/student --set role=student --set teacher=runs/teacher \\
+        --set method=amad_kl
+    repkit train experiments/head_alignment.py --set task=translation ...
+
+`repkit train experiments/head_alignment.py --show` lists all settings; `python -m experiments.compare_heads` runs the
+comparison of the methods.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repkit import losses, plots
+from repkit.checks import InputError
+from repkit.data.pipeline import Batches, make_sequence_batches
+from repkit.data.scene_demands import TASK_IMAGE_SIZE
+from repkit.data.scene_tasks import TASKS
+from repkit.data.sequence_sources import SequenceSource, all_texts, scene_task_source
+from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from repkit.distillation import Match, describe, layer_terms, match_layers, required_captures
+from repkit.evaluate.generation import evaluate_answers, evaluate_captions, evaluate_translations, generate_texts
+from repkit.evaluate.results import Result
+from repkit.metrics.attention import head_cosines
+from repkit.models.capture import Capture
+from repkit.models.functional import with_learned
+from repkit.models.sequence import SequenceConfig, SequenceModel, sequence_to_sequence
+from repkit.objective import Objective, Term
+from repkit.recipe import Experiment, RunDirectory
+from repkit.train.config import TrainConfig
+from repkit.train.teacher import FrozenTeacher
+from repkit.trained import load_run
+
+Task = Literal["questions", "captions", "translation"]
+Method = Literal[
+    "none",
+    "logits",
+    "one_to_one_mse",
+    "one_to_one_kl",
+    "mean_head",
+    "mixed_head",
+    "merged_head",
+    "relations",
+    "hidden",
+    "amad_mse",
+    "amad_kl",
+    "amad_token_kl",
+    "amad_kl_from_queries_keys",
+]
+Kind = Literal["encoder", "decoder", "cross"]
+
+TOKENIZER_FILE = "tokenizer.json"
+EVALUATION_BATCH = 256
+EVALUATE = {"questions": evaluate_answers, "captions": evaluate_captions, "translation": evaluate_translations}
+MAIN_METRIC: dict[str, str] = {"questions": "vqa_accuracy", "captions": "cider_d", "translation": "bleu4"}
+VOCABULARY_SIZE = 512
+MOST_SOURCE_TOKENS, MOST_TARGET_TOKENS = 32, 64
+"""Rows of the position tables: the same for all tasks, so that a model of one task can start from one of another."""
+
+# For each kind of attention its layers, of `depth` blocks, and which tokens are its queries and its keys.
+LAYERS: dict[Kind, tuple[str, str, str]] = {
+    "encoder": ("encoder.blocks.{}.attention", "encoder", "encoder"),
+    "decoder": ("decoder.blocks.{}.self_attention", "decoder", "decoder"),
+    "cross": ("decoder.blocks.{}.cross_attention", "decoder", "encoder"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder-decoder."""
+
+    patch_size: int = 4
+    width: int = 128
+    encoder_depth: int = 4
+    decoder_depth: int = 2
+    heads: int = 8
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What a student learns from its teacher.
+
+    Attributes:
+        kinds: kinds of attention whose maps are aligned.
+        layers: which layer of the teacher a student's layer takes, see `repkit.distillation.match_layers`.
+        logit_weight: of the divergence from the teacher's logits; every method but `none` has it.
+        logit_temperature: of this divergence.
+        attention_weight: of the term that the method adds to it, beside the task's loss; none for the method's own.
+        alignment_temperature: of the softmax over student heads.
+    """
+
+    kinds: tuple[Kind, ...] = ("encoder", "cross")
+    layers: Literal["even", "last"] = "even"
+    logit_weight: float = 1.0
+    logit_temperature: float = 2.0
+    attention_weight: float | None = None
+    alignment_temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run.
+
+    Attributes:
+        task: what is generated: answers, captions or translations.
+        role: `teacher` trains a model alone; `student` one that has a teacher, also with `method=none`.
+        teacher: run directory of the teacher; its tokenizer is the student's.
+        method: what the student learns from it.
+        start: run directory of a model of the same shapes whose parameters are the initial ones; none for random ones.
+        examples: of the training split that are used; none for all.
+        directory: where TFDS keeps prepared data; none for its own default.
+        beams: hypotheses that decoding keeps.
+    """
+
+    task: Task = "questions"
+    role: Literal["teacher", "student"] = "teacher"
+    teacher: str | None = None
+    method: Method = "none"
+    start: str | None = None
+    examples: int | None = None
+    directory: str | None = None
+    beams: int = 1
+    model: ModelConfig = ModelConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=6000, batch_size=128, learning_rate=1e-3, weight_decay=0.05, log_every=200, checkpoint_every=2000
+        )
+    )
+
+
+def smoke(config: Config) -> Config:
+    """The same run in seconds."""
+    return replace(
+        config,
+        examples=128,
+        model=replace(config.model, patch_size=8, width=16, encoder_depth=2, decoder_depth=1, heads=4),
+        train=replace(config.train, steps=6, batch_size=16, log_every=2, checkpoint_every=3, warmup_steps=2),
+    )
+
+
+def build(config: Config, directory: Path) -> Experiment:
+    """Assembles the run; reads the tokenizer from the run directory, or from the teacher's."""
+    _check(config)
+    train = _source(config, "train")
+    validation, test = _source(config, "validation"), _source(config, "test")
+    tokenizer = _tokenizer(config, directory)
+    lengths = _lengths(config, tokenizer)
+    matches = _matches(config)
+    model = _model(config, tokenizer, Capture(**required_captures(matches).student) if matches else Capture())
+    model = with_learned(model, _learned(config, matches))
+
+    def batches(source: SequenceSource, *, training: bool) -> Batches:
+        return make_sequence_batches(
+            source,
+            tokenizer=tokenizer,
+            batch_size=config.train.batch_size if training else EVALUATION_BATCH,
+            image_size=TASK_IMAGE_SIZE,
+            max_source_length=lengths[0],
+            max_target_length=lengths[1],
+            shuffle=training,
+            repeat=training,
+            seed=config.train.seed,
+            process_index=None if training else 0,
+            process_count=None if training else 1,
+        )
+
+    def generated(params: Any, source: SequenceSource) -> dict[int, str]:
+        def generate(params: Any, batch: Any) -> Any:
+            return model.generate(params, batch, beams=config.beams, max_length=lengths[1]).token_ids
+
+        with batches(source, training=False) as rows:
+            return generate_texts(generate, params, rows, decode=tokenizer.decode)
+
+    def validate(params: Any) -> dict[str, float]:
+        metrics = EVALUATE[config.task](generated(params, validation), validation)
+        return {f"validation/{name}": value for name, value in metrics.items()}
+
+    def evaluate(params: Any) -> list[Result]:
+        metrics = EVALUATE[config.task](generated(params, test), test)
+        name = config.role if config.role == "teacher" else f"student, {config.method}"
+        return [Result(f"{name}, {config.model.heads} heads", "digit_scenes test", config.task, metrics)]
+
+    def load_teacher() -> FrozenTeacher:
+        return _load_teacher(config, matches)
+
+    def summary() -> str:
+        with batches(train, training=True) as rows:
+            batch = next(rows)
+        shapes = jax.eval_shape(lambda key: model.forward(model.init(key), batch, None), jax.random.key(0))
+        teacher = load_teacher()
+        shown = jax.eval_shape(lambda params: teacher.forward(params, batch, None), teacher.abstract_params())
+        return describe(matches, outputs=shapes, teacher=shown)
+
+    def figures(params: Any, folder: Path) -> list[Path]:
+        if config.teacher is None:
+            return []
+        with batches(test, training=False) as rows:
+            batch = next(rows)
+        path = folder / "head_alignment.png"
+        plots.head_alignment(alignment(config, params, batch, tokenizer), path)
+        return [path]
+
+    return Experiment(
+        init=_initial(config, model),
+        forward=model.forward,
+        objective=_objective(config, matches),
+        batches=functools.partial(batches, train, training=True),
+        validate=validate,
+        best_metric=f"validation/{MAIN_METRIC[config.task]}",
+        evaluate=evaluate,
+        figures=figures,
+        save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
+        teacher=load_teacher if config.method != "none" else None,
+        summary=summary if matches else None,
+    )
+
+
+def _check(config: Config) -> None:
+    """What can be told from the settings alone."""
+    if config.role == "student" and config.teacher is None:
+        raise InputError("role=student needs teacher=RUN, the run directory of a teacher that is trained on the task")
+    if config.role == "teacher" and (config.teacher or config.method != "none"):
+        raise InputError("teacher and method are settings of a student; add role=student")
+    if config.teacher is not None and _teacher_config(config).task != config.task:
+        raise InputError(
+            f"the teacher in '{config.teacher}' is for task={_teacher_config(config).task}, got {config.task}"
+        )
+
+
+@functools.cache
+def _run_config(path: str) -> Config:
+    _, config = RunDirectory(Path(path)).load()
+    return config
+
+
+def _teacher_config(config: Config) -> Config:
+    assert config.teacher is not None
+    return _run_config(config.teacher)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def _source(config: Config, split: str) -> SequenceSource:
+    part = f"[:{config.examples}]" if config.examples is not None else ""
+    return scene_task_source(config.task, split + part, config.directory)
+
+
+def _tokenizer(config: Config, directory: Path) -> Tokenizer:
+    """The run's own, the teacher's, or that of the run to start from; else a new one, which knows the words of all
+    tasks."""
+    for path in (directory, config.teacher, config.start):
+        if path is not None and (Path(path) / TOKENIZER_FILE).exists():
+            return load_tokenizer(Path(path) / TOKENIZER_FILE)
+    texts = {text for task in TASKS for text in all_texts(scene_task_source(task, "train", config.directory))}
+    return train_tokenizer(sorted(texts), vocab_size=VOCABULARY_SIZE)
+
+
+def _lengths(config: Config, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Tokens of the longest source and of the longest target of a task."""
+    source = _source(replace(config, examples=None), "train")
+    texts = [source.texts(index) for index in range(len(source))]
+    sources = sorted({text.source for text in texts})
+    targets = sorted({target for text in texts for target in text.targets})
+    longest = [
+        int(tokenizer.encode(each, most + 1)[1].sum(axis=1).max())
+        for each, most in ((sources, MOST_SOURCE_TOKENS), (targets, MOST_TARGET_TOKENS))
+    ]
+    # A target's begin token is not generated.
+    return longest[0], longest[1] - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def _model(config: Config, tokenizer: Tokenizer, capture: Capture) -> SequenceModel:
+    model = config.model
+    return sequence_to_sequence(
+        SequenceConfig(
+            image_size=TASK_IMAGE_SIZE,
+            patch_size=model.patch_size,
+            vocabulary_size=tokenizer.vocab_size,
+            max_source_length=MOST_SOURCE_TOKENS,
+            max_target_length=MOST_TARGET_TOKENS,
+            width=model.width,
+            encoder_depth=model.encoder_depth,
+            decoder_depth=model.decoder_depth,
+            heads=model.heads,
+            dropout=model.dropout,
+            dtype=model.dtype,
+            begin_id=tokenizer.begin_id,
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+        ),
+        capture=capture,
+    )
+
+
+def _initial(config: Config, model: SequenceModel) -> Callable[[Any], Any]:
+    if config.start is None:
+        return model.init
+    start = _own_params(load_run(config.start).params)
+    if jax.tree.structure(start) != jax.tree.structure(_own_params(jax.eval_shape(model.init, jax.random.key(0)))):
+        raise InputError(f"start={config.start}: the model there has other layers than this one")
+    host = jax.device_get(start)
+    return lambda key: model.init(key) | jax.tree.map(jnp.asarray, host)
+
+
+def _own_params(params: Any) -> Any:
+    """The model's parameters without those that its losses learned."""
+    return {name: value for name, value in params.items() if name != "learned"}
+
+
+def _load_teacher(config: Config, matches: list[Match]) -> FrozenTeacher:
+    assert config.teacher is not None
+    run = load_run(config.teacher)
+    capture = Capture(**required_captures(matches).teacher) if matches else Capture()
+    model = _model(run.config, load_tokenizer(run.directory.path / TOKENIZER_FILE), capture)
+    return FrozenTeacher(model.forward, jax.device_get(_own_params(run.params)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a student learns
+
+
+class _Way(NamedTuple):
+    """One way to learn from a teacher's layers.
+
+    Attributes:
+        loss: of one pair of layers.
+        weight: of its mean over the pairs, beside the task's loss; of the order that makes the terms alike in size.
+        takes: see `repkit.distillation.Match`.
+        options: constants of the loss.
+    """
+
+    loss: Callable[..., Any]
+    weight: float
+    takes: tuple[str, ...] = ("attention",)
+    options: dict[str, Any] = {}
+
+
+def _way(config: Config) -> _Way | None:
+    temperature = {"temperature": config.distillation.alignment_temperature}
+    ways = {
+        "one_to_one_mse": _Way(losses.one_to_one_attention, 1.0, options={"variant": "mse"}),
+        "one_to_one_kl": _Way(losses.one_to_one_attention, 1.0, options={"variant": "kl"}),
+        "mean_head": _Way(losses.mean_head_attention, 1.0, options={"variant": "kl"}),
+        "mixed_head": _Way(losses.mixed_head_attention, 1.0, options={"variant": "kl"}),
+        "merged_head": _Way(losses.merged_head_attention, 1.0, options={"variant": "kl"}),
+        "relations": _Way(losses.attention_relation_distillation, 1.0, ("queries",), {"relation_heads": 4}),
+        "hidden": _Way(losses.hidden_state_distillation, 1.0, ("hidden",)),
+        "amad_mse": _Way(losses.attention_map_alignment, 1.0, options={"variant": "mse"} | temperature),
+        "amad_kl": _Way(losses.attention_map_alignment, 1.0, options={"variant": "kl"} | temperature),
+        "amad_token_kl": _Way(losses.attention_map_alignment, 0.05, options={"variant": "token_kl"} | temperature),
+        "amad_kl_from_queries_keys": _Way(
+            losses.attention_alignment_from_queries_keys, 1.0, ("queries", "keys"), {"variant": "kl"} | temperature
+        ),
+    }
+    return ways.get(config.method)
+
+
+def _matches(config: Config) -> list[Match]:
+    way = _way(config)
+    if way is None:
+        return []
+    student, teacher = config.model, _teacher_config(config).model
+    matches = []
+    for kind in config.distillation.kinds:
+        _, queries, keys = LAYERS[kind]
+        layers = [_layers(kind, model) for model in (student, teacher)]
+        if way.takes == ("hidden",):
+            layers = [[layer.rpartition(".")[0] for layer in each] for each in layers]
+        for pair in match_layers(*layers, how=config.distillation.layers):
+            keywords = _masks(way, queries, keys)
+            learned = LEARNED.get(config.method)
+            if learned is not None:
+                keywords[learned] = f"outputs.learned.{learned}_{len(matches)}"
+            matches.append(Match(*pair, way.loss, way.takes, options=_options(way, kind), keywords=keywords))
+    return matches
+
+
+# The argument of a loss that is learned, by method.
+LEARNED = {"mixed_head": "mixer", "hidden": "projection"}
+
+
+def _options(way: _Way, kind: Kind) -> dict[str, Any]:
+    if way.loss is losses.attention_alignment_from_queries_keys and kind == "decoder":
+        return way.options | {"causal": True}
+    return way.options
+
+
+def _masks(way: _Way, queries: str, keys: str) -> dict[str, str]:
+    if way.takes in (("queries",), ("hidden",)):
+        return {"token_mask": f"outputs.masks.{queries}"}
+    return {"query_where": f"outputs.masks.{queries}", "key_where": f"outputs.masks.{keys}"}
+
+
+def _learned(config: Config, matches: list[Match]) -> dict[str, Callable[[Any], Any]]:
+    name = LEARNED.get(config.method)
+    if name is None:
+        return {}
+    student, teacher = config.model, _teacher_config(config).model
+
+    def mixer(key: Any) -> Any:
+        return jax.random.uniform(key, (teacher.heads, student.heads), jnp.float32, 0.0, 2.0 / student.heads)
+
+    def projection(key: Any) -> Any:
+        return jax.random.normal(key, (student.width, teacher.width), jnp.float32) * student.width**-0.5
+
+    init = {"mixer": mixer, "projection": projection}[name]
+    return {f"{name}_{index}": init for index in range(len(matches))}
+
+
+def _objective(config: Config, matches: list[Match]) -> Objective:
+    terms = {
+        "task": Term(
+            losses.caption_cross_entropy,
+            ("outputs.logits", "batch.target_ids"),
+            keywords={"token_mask": "batch.target_mask"},
+        )
+    }
+    settings = config.distillation
+    if config.method != "none":
+        terms["logits"] = Term(
+            losses.logit_distillation,
+            ("outputs.logits", "teacher.logits"),
+            keywords={"token_mask": "batch.target_mask"},
+            options={"temperature": settings.logit_temperature},
+            weight=settings.logit_weight,
+        )
+    way = _way(config)
+    if way is not None:
+        weight = way.weight if settings.attention_weight is None else settings.attention_weight
+        terms |= layer_terms(config.method, matches, weight=weight)
+    return Objective(terms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def alignment(config: Config, params: Any, batch: Any, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Cosines between the teacher's heads and the student's on a batch, for every pair of layers that may be matched.
+
+    Args:
+        config: of the student.
+        params: of the student.
+        batch: of the task.
+        tokenizer: of both models.
+
+    Returns:
+        "kind: teacher's layer -> student's layer" -> [teacher heads, student heads].
+    """
+    teacher = load_run(cast(str, config.teacher))
+    cosines = {}
+    for kind in config.distillation.kinds:
+        _, queries, keys = LAYERS[kind]
+        pairs = match_layers(*(_layers(kind, model) for model in (config.model, teacher.config.model)))
+        student_maps, masks = _maps(config, params, [pair[0] for pair in pairs], batch, tokenizer)
+        teacher_maps, _ = _maps(teacher.config, teacher.params, [pair[1] for pair in pairs], batch, tokenizer)
+        for index, (student_layer, teacher_layer) in enumerate(pairs):
+            values = head_cosines(
+                student_maps[student_layer],
+                teacher_maps[teacher_layer],
+                query_where=masks[queries],
+                key_where=masks[keys],
+                where=jnp.asarray(batch["where"]),
+            )
+            place = _layers(kind, teacher.config.model).index(teacher_layer)
+            cosines[f"{kind}: layer {place} and {index}"] = np.asarray(values)
+    return cosines
+
+
+def _layers(kind: Kind, model: ModelConfig) -> list[str]:
+    depth = model.encoder_depth if kind == "encoder" else model.decoder_depth
+    return [LAYERS[kind][0].format(index) for index in range(depth)]
+
+
+def _maps(
+    config: Config, params: Any, layers: list[str], batch: Any, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = _model(config, tokenizer, Capture(maps=tuple(dict.fromkeys(layers))))
+    outputs = jax.jit(model.forward)(_own_params(params), batch, None)
+    return outputs["attention"], outputs["masks"]
