@@ -10,9 +10,10 @@ comparison of the methods.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -182,12 +183,15 @@ def build(config: Config, directory: Path) -> Experiment:
         with batches(source, training=False) as rows:
             return generate_texts(generate, params, rows, decode=tokenizer.decode)
 
+    def scores(params: Any, source: SequenceSource) -> dict[str, float]:
+        return EVALUATE[config.task](generated(params, source), _References(config.task, source, tokenizer))
+
     def validate(params: Any) -> dict[str, float]:
-        metrics = EVALUATE[config.task](generated(params, validation), validation)
+        metrics = scores(params, validation)
         return {f"validation/{name}": value for name, value in metrics.items()}
 
     def evaluate(params: Any) -> list[Result]:
-        metrics = EVALUATE[config.task](generated(params, test), test)
+        metrics = scores(params, test)
         name = config.role if config.role == "teacher" else f"student, {config.method}"
         return [Result(f"{name}, {config.model.heads} heads", "digit_scenes test", config.task, metrics)]
 
@@ -196,7 +200,7 @@ def build(config: Config, directory: Path) -> Experiment:
 
     def summary() -> str:
         with batches(train, training=True) as rows:
-            batch = next(rows)
+            batch = {name: jnp.asarray(value) for name, value in next(rows).items()}
         shapes = jax.eval_shape(lambda key: model.forward(model.init(key), batch, None), jax.random.key(0))
         teacher = load_teacher()
         shown = jax.eval_shape(lambda params: teacher.forward(params, batch, None), teacher.abstract_params())
@@ -206,7 +210,7 @@ def build(config: Config, directory: Path) -> Experiment:
         if config.teacher is None:
             return []
         with batches(test, training=False) as rows:
-            batch = next(rows)
+            batch = {name: jnp.asarray(value) for name, value in next(rows).items()}
         path = folder / "head_alignment.png"
         plots.head_alignment(alignment(config, params, batch, tokenizer), path)
         return [path]
@@ -233,9 +237,8 @@ def _check(config: Config) -> None:
     if config.role == "teacher" and (config.teacher or config.method != "none"):
         raise InputError("teacher and method are settings of a student; add role=student")
     if config.teacher is not None and _teacher_config(config).task != config.task:
-        raise InputError(
-            f"the teacher in '{config.teacher}' is for task={_teacher_config(config).task}, got {config.task}"
-        )
+        task = _teacher_config(config).task
+        raise InputError(f"the teacher in '{config.teacher}' is for task={task}, got task={config.task}")
 
 
 @functools.cache
@@ -266,6 +269,22 @@ def _tokenizer(config: Config, directory: Path) -> Tokenizer:
             return load_tokenizer(Path(path) / TOKENIZER_FILE)
     texts = {text for task in TASKS for text in all_texts(scene_task_source(task, "train", config.directory))}
     return train_tokenizer(sorted(texts), vocab_size=VOCABULARY_SIZE)
+
+
+class _References:
+    """Records whose target texts are written as the tokenizer writes them, in small letters.
+
+    Answers stay as they were given: their metric has a normalisation of its own.
+    """
+
+    def __init__(self, task: Task, source: SequenceSource, tokenizer: Tokenizer):
+        self._task, self._source, self._tokenizer = task, source, tokenizer
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        targets = self._source.texts(index).targets
+        if self._task != "questions":
+            return {"target_texts": self._tokenizer.decode(self._tokenizer.encode(targets, MOST_TARGET_TOKENS)[0])}
+        return {"target_texts": targets, "ground_truth": {"question_type": self._source[index].get("question_type")}}
 
 
 def _lengths(config: Config, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -301,8 +320,8 @@ def _model(config: Config, tokenizer: Tokenizer, capture: Capture) -> SequenceMo
             heads=model.heads,
             dropout=model.dropout,
             dtype=model.dtype,
-            begin_id=tokenizer.begin_id,
-            end_id=tokenizer.end_id,
+            begin_id=tokenizer.bos_id,
+            end_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         ),
         capture=capture,
@@ -349,7 +368,7 @@ class _Way(NamedTuple):
     loss: Callable[..., Any]
     weight: float
     takes: tuple[str, ...] = ("attention",)
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def _way(config: Config) -> _Way | None:
@@ -396,9 +415,9 @@ def _matches(config: Config) -> list[Match]:
 LEARNED = {"mixed_head": "mixer", "hidden": "projection"}
 
 
-def _options(way: _Way, kind: Kind) -> dict[str, Any]:
+def _options(way: _Way, kind: Kind) -> Mapping[str, Any]:
     if way.loss is losses.attention_alignment_from_queries_keys and kind == "decoder":
-        return way.options | {"causal": True}
+        return {**way.options, "causal": True}
     return way.options
 
 
