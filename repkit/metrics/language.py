@@ -206,8 +206,8 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise InputError('bleu4 needs sacrebleu: pip install "repkit[language]"') from error
-    most = max(map(len, references))
-    streams = [[given[i] if i < len(given) else None for given in references] for i in range(most)]
+    # sacrebleu takes as many references of each example; one that comes twice changes nothing.
+    streams = [[given[min(i, len(given) - 1)] for given in references] for i in range(max(map(len, references)))]
     bleu = BLEU(max_ngram_order=4, tokenize="13a", smooth_method="exp", effective_order=False)
     # sacrebleu's geometric mean of shares that are all 1 may round to a little more.
     return min(1.0, bleu.corpus_score(list(predictions), streams).score / 100)
