@@ -76,15 +76,10 @@ def logit_distillation(
     require_range(caller, "temperature", temperature, above=0)
     counting = counting_tokens(student_logits.shape[:-1], token_mask, where)
 
-    @jax.checkpoint
-    def divergences(student: Array, teacher: Array, temperature: Array) -> Float[Array, " b"]:
-        student, teacher = same_precision(student, teacher, where=None)
-        tau = temperature.astype(student.dtype)
-        values = _divergence(mask_vectors(student, counting) / tau, mask_vectors(teacher, counting) / tau)
-        return jnp.square(tau) * mean_over_tokens(values, counting)
-
-    # The softmaxes are computed again for the gradient: keeping them would take several times the logits' memory.
-    losses = divergences(student_logits, jax.lax.stop_gradient(teacher_logits), jnp.asarray(temperature))
+    student, teacher = same_precision(student_logits, jax.lax.stop_gradient(teacher_logits), where=None)
+    tau = jnp.asarray(temperature, student.dtype)
+    divergences = _divergence(mask_vectors(student, counting) / tau, mask_vectors(teacher, counting) / tau)
+    losses = jnp.square(tau) * mean_over_tokens(divergences, counting)
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
 
 
@@ -233,16 +228,11 @@ def attention_relation_distillation(
     rows, _, length, _ = student_vectors.shape
     counting = counting_tokens((rows, length), token_mask, where)
 
-    @jax.checkpoint
-    def divergences(student: Array, teacher: Array) -> Float[Array, " b"]:
-        logits = [
-            _relation_logits(mask_vectors(_relation_heads(vectors, relation_heads), counting[:, None]), counting)
-            for vectors in same_precision(student, teacher, where=None)
-        ]
-        return mean_over_tokens(jnp.mean(_divergence(*logits), axis=1), counting)
-
-    # The relations are computed again for the gradient: they are larger than the vectors, and keeping them costs more.
-    losses = divergences(student_vectors, jax.lax.stop_gradient(teacher_vectors))
+    logits = [
+        _relation_logits(mask_vectors(_relation_heads(vectors, relation_heads), counting[:, None]), counting)
+        for vectors in same_precision(student_vectors, jax.lax.stop_gradient(teacher_vectors), where=None)
+    ]
+    losses = mean_over_tokens(jnp.mean(_divergence(*logits), axis=1), counting)
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)
 
 

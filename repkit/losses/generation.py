@@ -71,19 +71,12 @@ def caption_cross_entropy(
     )
     require_range(caller, "label_smoothing", label_smoothing, at_least=0, at_most=1)
     counting = counting_tokens(token_ids.shape, token_mask, where)
-    is_smoothed = not (isinstance(label_smoothing, int | float) and label_smoothing == 0)
-
-    @jax.checkpoint
-    def cross_entropies(logits: Array, epsilon: Array) -> Float[Array, " b"]:
-        z = mask_vectors(at_least_float32(logits), counting)
-        is_token = token_ids[..., None] == jnp.arange(z.shape[-1], dtype=token_ids.dtype)[None, None, :]
-        own = jnp.sum(jnp.where(is_token, z, jnp.zeros_like(z)), axis=-1)
-        values = jax.nn.softplus(masked_logsumexp(z, ~is_token & (z != -jnp.inf)) - own)
-        if is_smoothed:
-            values += epsilon.astype(z.dtype) * (own - jnp.mean(z, axis=-1))
-        values = jnp.where(jnp.any(is_token, axis=-1), values, jnp.nan)
-        return mean_over_tokens(values, counting)
-
-    # The softmax is computed again for the gradient: keeping it would take as much memory as the logits once more.
-    losses = cross_entropies(logits, jnp.asarray(label_smoothing))
+    z = mask_vectors(at_least_float32(logits), counting)
+    is_token = token_ids[..., None] == jnp.arange(z.shape[-1], dtype=token_ids.dtype)[None, None, :]
+    own = jnp.sum(jnp.where(is_token, z, jnp.zeros_like(z)), axis=-1)
+    values = jax.nn.softplus(masked_logsumexp(z, ~is_token & (z != -jnp.inf)) - own)
+    if not (isinstance(label_smoothing, int | float) and label_smoothing == 0):
+        values += jnp.asarray(label_smoothing, z.dtype) * (own - jnp.mean(z, axis=-1))
+    values = jnp.where(jnp.any(is_token, axis=-1), values, jnp.nan)
+    losses = mean_over_tokens(values, counting)
     return reduce_loss(losses, where=where, weights=weights, axis_name=axis_name, reduction=reduction)

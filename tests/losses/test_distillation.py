@@ -159,7 +159,7 @@ def test_relations_as_heads_of_attention():
     student, teacher = draw(2, 2, 5, 3), draw(2, 2, 5, 4, seed=1)
 
     def relation(x):
-        return jax.nn.softmax(np.einsum("bhid,bhjd->bhij", x, x) / np.sqrt(x.shape[-1]), axis=-1)
+        return np.asarray(jax.nn.softmax(np.einsum("bhid,bhjd->bhij", x, x) / np.sqrt(x.shape[-1]), axis=-1))
 
     p, q = relation(teacher), relation(student)
     expected = np.mean(np.sum(p * np.log(p / q), axis=-1))

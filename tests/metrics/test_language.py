@@ -74,7 +74,7 @@ def test_accuracy_by_the_number_of_matches(matches, accuracy):
 def test_accuracy_is_that_of_leaving_out_one_after_the_other():
     rng = np.random.default_rng(0)
     words = ["one", "2", "two", "The two", "red", "Red."]
-    predictions = [str(word) for word in rng.choice(words, 50)]
+    predictions = [str(word) for word in rng.choice([*words, "blue"], 50)]
     answers = [[str(word) for word in rng.choice(words, 10, p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1])] for _ in predictions]
     expected = [
         reference.vqa_accuracy(normalize_answer(prediction), [normalize_answer(answer) for answer in given])
