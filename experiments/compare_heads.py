@@ -1,0 +1,310 @@
+"""Study: how to distil a teacher of many heads into students of few, on three tasks of digit scenes.
+
+    python -m experiments.compare_heads            the whole study: hours; what is finished is not made again
+    python -m experiments.compare_heads --smoke    all of its parts, tiny: a minute
+    python -m experiments.compare_heads --report   the tables and figures of what is finished
+
+Every run is a `repkit train experiments/head_alignment.py` and its evaluation on test scenes, whose strokes no training
+saw. Runs of one seed share data order and initial values. The results go to experiments/results/head_alignment/:
+every run as a JSON line, the tables, and the figures.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.study import Run, Runs, interval, markdown_table, paired_difference
+from repkit import plots
+from repkit.cli import main as repkit_command
+from repkit.evaluate.results import read_results
+
+RECIPE = Path(__file__).with_name("head_alignment.py")
+RESULTS = Path(__file__).parent / "results" / "head_alignment"
+MAIN_METRIC = {"questions": "vqa_accuracy", "captions": "cider_d", "translation": "bleu4"}
+METRIC_TITLES = {
+    "questions": "questions: VQA accuracy",
+    "captions": "captions: CIDEr-D",
+    "translation": "translation: BLEU-4",
+}
+PRETRAINING_TASK = "captions"
+"""What a teacher with multimodal pre-training has learned before its task."""
+
+OURS = ("amad_mse", "amad_kl", "amad_token_kl")
+BASELINES = ("none", "logits", "one_to_one_mse", "one_to_one_kl", "mean_head", "merged_head", "mixed_head")
+TITLES = {
+    "none": "no distillation",
+    "logits": "logits only",
+    "one_to_one_mse": "one to one, squared",
+    "one_to_one_kl": "one to one, KL",
+    "mean_head": "mean over heads",
+    "merged_head": "merged heads (SHD)",
+    "mixed_head": "learned mixer (A2D)",
+    "amad_mse": "AMAD V1",
+    "amad_kl": "AMAD V2",
+    "amad_token_kl": "AMAD V4",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run.
+
+    Attributes:
+        results: folder of the results.
+        work: folder of the runs, which may be deleted afterwards.
+        tasks: tasks of `experiments/head_alignment.py`.
+        heads: sizes of student, by number of heads.
+        methods: ways to learn from the teacher.
+        without_pretraining: methods that are also run with a teacher that had no pre-training.
+        seeds: of the students.
+        common: settings of all runs, NAME=VALUE.
+        teacher: settings of the teachers.
+        student: settings of the students.
+        smoke: whether the recipe's smallest setting is taken.
+    """
+
+    results: Path = RESULTS
+    work: Path = Path("runs/head_alignment")
+    tasks: tuple[str, ...] = ("questions", "captions", "translation")
+    heads: tuple[int, ...] = (2, 4)
+    methods: tuple[str, ...] = (*BASELINES, *OURS)
+    without_pretraining: tuple[str, ...] = ("none", "logits", "one_to_one_kl", "amad_mse", "amad_kl", "amad_token_kl")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    common: tuple[str, ...] = ("model.patch_size=8",)
+    teacher: tuple[str, ...] = ("train.steps=12000", "train.checkpoint_every=4000", "train.log_every=500")
+    student: tuple[str, ...] = (
+        "model.encoder_depth=2",
+        "model.decoder_depth=1",
+        "model.width=64",
+        "examples=4096",
+        "train.steps=1500",
+        "train.checkpoint_every=1500",
+        "train.log_every=500",
+    )
+    smoke: bool = False
+
+
+def smoke(study: Study) -> Study:
+    """All parts of the study in a minute."""
+    return dataclasses.replace(
+        study,
+        results=study.work / "smoke" / "results",
+        work=study.work / "smoke",
+        tasks=("questions",),
+        heads=(2,),
+        methods=("none", "one_to_one_kl", "amad_kl"),
+        without_pretraining=("amad_kl",),
+        seeds=(0, 1),
+        common=(),
+        teacher=(),
+        student=(),
+        smoke=True,
+    )
+
+
+def student_settings(study: Study) -> Iterator[dict[str, Any]]:
+    """The runs of the study, those of one seed after those of another, so that a part of it is a study too."""
+    for seed in study.seeds:
+        for task in study.tasks:
+            for heads in study.heads:
+                for pretrained in (True, False):
+                    # Captions are what the others are pre-trained on.
+                    if pretrained and task == PRETRAINING_TASK:
+                        continue
+                    methods = study.methods if pretrained or task == PRETRAINING_TASK else study.without_pretraining
+                    for method in methods:
+                        yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
+
+
+def run_all(study: Study, minutes: float) -> bool:
+    """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
+    runs = Runs(study.results / "runs.jsonl")
+    start = time.monotonic()
+    for settings in student_settings(study):
+        if settings in runs:
+            continue
+        if time.monotonic() - start > 60 * minutes:
+            return False
+        teacher = train_teacher(study, runs, settings["task"], pretrained=settings["pretrained"])
+        runs.run(settings, lambda settings=settings, teacher=teacher: train_student(study, settings, teacher))
+    return True
+
+
+def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> Path:
+    """The run directory of the teacher of a task, trained if it is not there; it needs the captions' for a start."""
+    folder = study.work / f"teacher_{task}{'_pretrained' if pretrained else ''}"
+    start = [f"start={train_teacher(study, runs, PRETRAINING_TASK, pretrained=False)}"] if pretrained else []
+    settings = {"task": task, "role": "teacher", "pretrained": pretrained}
+    if settings not in runs or not (folder / "results.jsonl").exists():
+        train(study, folder, [f"task={task}", *start, *study.teacher])
+        runs.run(settings, lambda: evaluate(folder))
+    return folder
+
+
+def train_student(study: Study, settings: Mapping[str, Any], teacher: Path) -> dict[str, float]:
+    """Trains and evaluates a student."""
+    folder = study.work / "_".join(f"{name}-{value}" for name, value in settings.items())
+    own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={settings['method']}"]
+    own += [f"model.heads={settings['heads']}", f"train.seed={settings['seed']}"]
+    train(study, folder, [*own, *study.student])
+    return evaluate(folder)
+
+
+def train(study: Study, folder: Path, settings: Iterable[str]) -> None:
+    """`repkit train` with these settings, to the end."""
+    options = [item for setting in (*study.common, *settings) for item in ("--set", setting)]
+    command = ["train", str(RECIPE), "--run", str(folder), "--resume", *options]
+    code = repkit_command([*command, "--smoke"] if study.smoke else command)
+    if code:
+        raise SystemExit(code)
+
+
+def evaluate(folder: Path) -> dict[str, float]:
+    """`repkit evaluate`: the metrics on the test scenes."""
+    code = repkit_command(["evaluate", str(folder)])
+    if code:
+        raise SystemExit(code)
+    (result,) = read_results(folder / "results.jsonl")
+    return result.metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+def report(study: Study) -> str:
+    """Writes the tables and the figures of what is finished; returns the tables."""
+    runs = Runs(study.results / "runs.jsonl")
+    sections = [_teachers(study, runs)]
+    for task in study.tasks:
+        sections += [_accuracies(study, runs, task), _differences(study, runs, task)]
+    text = "\n\n".join(filter(None, sections)) + "\n"
+    study.results.mkdir(parents=True, exist_ok=True)
+    (study.results / "RESULTS.md").write_text(f"# Many heads into few\n\n{text}")
+    panels = {METRIC_TITLES[task]: panel for task in study.tasks if (panel := _panel(study, runs, task))}
+    if panels:
+        plots.intervals(panels, study.results / "accuracy.png", label="mean and 95 % interval over seeds")
+    _copy_alignment(study, runs)
+    return text
+
+
+def _teachers(study: Study, runs: Runs) -> str:
+    rows = [
+        [task, "yes" if run.settings["pretrained"] else "no", f"{run.metrics[MAIN_METRIC[task]]:.3f}"]
+        for task in study.tasks
+        for run in runs.select(role="teacher", task=task)
+    ]
+    return "## Teachers\n\n" + markdown_table(["task", "pre-trained", "test"], rows) if rows else ""
+
+
+def _accuracies(study: Study, runs: Runs, task: str) -> str:
+    """Each method's mean with its interval, by size of student."""
+    columns = list(_columns(study, runs, task))
+    if not columns:
+        return ""
+    rows = []
+    for method in study.methods:
+        cells = [_select(runs, task, method, *column) for column in columns]
+        if any(cells):
+            rows.append([TITLES[method], *(_cell(cell, MAIN_METRIC[task]) for cell in cells)])
+    header = ["method", *(_column_title(*column) for column in columns)]
+    return f"## {METRIC_TITLES[task]}\n\n{markdown_table(header, rows)}"
+
+
+def _differences(study: Study, runs: Runs, task: str) -> str:
+    """Each variant of AMAD against each baseline, seed by seed."""
+    rows = []
+    for column in _columns(study, runs, task):
+        for ours in OURS:
+            for baseline in BASELINES:
+                pair = [_select(runs, task, method, *column) for method in (ours, baseline)]
+                if len({run.settings["seed"] for run in pair[0]} & {run.settings["seed"] for run in pair[1]}) < 2:
+                    continue
+                difference = paired_difference(*pair, MAIN_METRIC[task])
+                sign = "+" if difference.mean > difference.half_width else ""
+                sign = "-" if difference.mean < -difference.half_width else sign
+                rows.append([_column_title(*column), TITLES[ours], TITLES[baseline], _scaled(difference), sign])
+    if not rows:
+        return ""
+    header = ["student", "ours", "minus", "difference (points) and 95 % interval", "beyond it"]
+    return f"### Paired differences, {task}\n\n{markdown_table(header, rows)}"
+
+
+def _columns(study: Study, runs: Runs, task: str) -> Iterator[tuple[int, bool]]:
+    for heads in study.heads:
+        for pretrained in (True, False):
+            if runs.select(task=task, heads=heads, pretrained=pretrained):
+                yield heads, pretrained
+
+
+def _column_title(heads: int, pretrained: bool) -> str:
+    return f"{heads} heads, {'pre-trained' if pretrained else 'plain'} teacher"
+
+
+def _select(runs: Runs, task: str, method: str, heads: int, pretrained: bool) -> list[Run]:
+    return runs.select(task=task, method=method, heads=heads, pretrained=pretrained)
+
+
+def _cell(runs: Sequence[Run], metric: str) -> str:
+    if not runs:
+        return ""
+    return f"{_scaled(interval([run.metrics[metric] for run in runs]))} ({len(runs)})"
+
+
+def _scaled(value: Any) -> str:
+    """In points: a hundredth of the metric."""
+    return value.percent()
+
+
+def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, float, float]]]:
+    panel = {}
+    for column in _columns(study, runs, task):
+        rows = []
+        for method in study.methods:
+            found = _select(runs, task, method, *column)
+            if found:
+                mean, half_width, _ = interval([run.metrics[MAIN_METRIC[task]] for run in found])
+                rows.append((TITLES[method], mean, half_width))
+        panel[_column_title(*column)] = rows
+    return panel
+
+
+def _copy_alignment(study: Study, runs: Runs) -> None:
+    """Draws the heads of the first seed's students beside the teacher's, without and with alignment."""
+    for method in ("none", "one_to_one_kl", "amad_kl"):
+        for settings in student_settings(study):
+            folder = study.work / "_".join(f"{name}-{value}" for name, value in settings.items())
+            if settings["method"] == method and settings in runs and (folder / "checkpoints").exists():
+                repkit_command(["plot", str(folder)])
+                source = folder / "figures" / "head_alignment.png"
+                (study.results / f"heads_{method}.png").write_bytes(source.read_bytes())
+                break
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is missing, writes the report, and returns 0 when the study is complete."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
+    parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--task", choices=MAIN_METRIC, help="only this task")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs")
+    options = parser.parse_args(arguments)
+    study = smoke(Study()) if options.smoke else Study()
+    if options.task:
+        study = dataclasses.replace(study, tasks=(options.task,))
+    study = dataclasses.replace(study, common=(*study.common, *options.set))
+    is_complete = options.report or run_all(study, options.minutes)
+    print(report(study))
+    if not is_complete:
+        print("Not complete; call again to go on.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
