@@ -100,7 +100,7 @@ def annotated(answer: str, answers: Sequence[str], rng: np.random.Generator) -> 
     """What ten annotators say when `answer` is right and `answers` are possible.
 
     >>> annotated("seven", DIGIT_NAMES, np.random.default_rng(3))[:6]
-    ('seven', 'seven', 'seven', 'seven', '7', 'seven')
+    ('7', '7', 'seven', 'seven', '7', 'seven')
     """
     others = [other for other in answers if other != answer]
 

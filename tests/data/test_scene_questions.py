@@ -171,6 +171,7 @@ def test_guessing_without_the_image_is_as_poor_as_the_number_of_answers_says(exa
 def test_ten_annotators_mostly_say_the_truth_in_one_way_or_another(examples):
     said = collections.Counter()
     for example in examples:
+        mistakes = 0
         assert len(example.target_texts) == 10
         for answer in example.target_texts:
             number = NUMBERS.index(example.answer) if example.answer in NUMBERS else None
@@ -178,8 +179,8 @@ def test_ten_annotators_mostly_say_the_truth_in_one_way_or_another(examples):
             truth = plain == example.answer or plain == str(number)
             assert truth or answer in ANSWERS[example.question_type]
             said["plain" if answer == example.answer else "notation" if truth else "mistake"] += 1
-        # So many that the rule of three equal answers gives the truth full marks.
-        assert sum(answer == example.answer for answer in example.target_texts) >= 2
+            mistakes += not truth
+        assert mistakes < 5
     shares = {kind: count / said.total() for kind, count in said.items()}
     assert shares == pytest.approx({"plain": 0.75, "notation": 0.2, "mistake": 0.05}, abs=0.01)
 
