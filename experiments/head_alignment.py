@@ -78,7 +78,7 @@ LAYERS: dict[Kind, tuple[str, str, str]] = {
 class ModelConfig:
     """The encoder-decoder."""
 
-    patch_size: int = 4
+    patch_size: int = 8
     width: int = 128
     encoder_depth: int = 4
     decoder_depth: int = 2

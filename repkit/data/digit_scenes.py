@@ -34,7 +34,7 @@ _CONFIGS = (*scenes.SCENES, *TASKS)
 
 
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
-    """Scenes of one digit (config `single`, 16 x 16) or of two to four digits (the others, 32 x 32).
+    """Scenes of one digit (config `single`, 16 x 16) or of two to four digits (`pairs`, 32 x 32; the tasks, 24 x 24).
 
     An example holds `image` (PNG), its texts and `ground_truth`, a JSON object with the `background` and, for every
     digit, `digits`: digit, colour, row and column of the 3 x 3 grid, the pixel where its 8 x 8 box begins (top, left),

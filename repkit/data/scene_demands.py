@@ -18,8 +18,8 @@ T = TypeVar("T")
 Digits = Sequence[PlacedDigit]
 """The digits of a scene."""
 
-TASK_IMAGE_SIZE = 32
-"""Edge length of a task's scenes in pixels."""
+TASK_IMAGE_SIZE = 24
+"""Edge length of a task's scenes in pixels: three digits of 8 pixels, so that patches of 8 are the grid's cells."""
 
 COUNTS = (2, 3, 4)
 """How many digits a scene may have."""

@@ -1,4 +1,4 @@
-"""Generation tasks on digit scenes of 32 x 32 pixels: questions, captions, and translation that needs the image.
+"""Generation tasks on digit scenes of 24 x 24 pixels: questions, captions, and translation that needs the image.
 
 | task | source text | target texts | grammar in |
 |---|---|---|---|

@@ -6,6 +6,7 @@ import pytest
 from repkit.data.scene_demands import (
     COUNTS,
     RELATED_CELLS,
+    TASK_IMAGE_SIZE,
     Wanted,
     by_colour,
     by_digit,
@@ -69,7 +70,7 @@ def test_a_scene_holds_what_is_wanted_and_can_be_seen(wanted):
     for _ in range(60):
         scene = draw_scene(composer, wanted, rng, holds=lambda digits: True)
         numbers.add(len(scene.digits))
-        assert scene.image.shape == (32, 32, 3)
+        assert scene.image.shape == (TASK_IMAGE_SIZE, TASK_IMAGE_SIZE, 3)
         for digit, (number, colour, cell) in zip(scene.digits, wanted, strict=False):
             assert number in (None, digit.digit)
             assert colour in (None, digit.colour)
