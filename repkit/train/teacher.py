@@ -42,7 +42,7 @@ class FrozenTeacher:
     Example:
         >>> teacher = FrozenTeacher(lambda params, batch, key: {"logits": batch["x"] @ params["w"]}, {"w": np.eye(2)})
         >>> teacher.identity[:12]
-        '98083d9bf7aa'
+        '3fec4ada757a'
     """
 
     forward: Forward

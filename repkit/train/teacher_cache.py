@@ -63,7 +63,7 @@ def data_identity(records: Records, *, sample: int = 64, ignore: Iterable[str] =
 
     Example:
         >>> data_identity([{"text": "a red seven", "origin": "a.jsonl"}])[:12]
-        'c8b1d2a53e37'
+        '751d6ab3ca9b'
     """
     if not len(records):
         raise InputError("data_identity: expected at least one record, got none")

@@ -1,6 +1,7 @@
 """Teachers in the step: one gradient on every placement, none to the teacher, and what becomes of its parameters."""
 
 import dataclasses
+import functools
 import io
 import re
 
@@ -64,7 +65,7 @@ def _init_student(key):
 
 
 def _teacher_params(seed=7):
-    return jax.device_get(_init(3, jax.random.key(seed)))
+    return jax.device_get(jax.jit(functools.partial(_init, 3))(jax.random.key(seed)))
 
 
 def _divergence(student_logits, teacher_logits, *, where=None, reduction="mean"):
@@ -137,7 +138,7 @@ def expected():
     """The gradient with the teacher's outputs as constants, without any step."""
     batch, objective = _batch(), _objective()
     state = jax.jit(_state)(jax.random.key(1))
-    targets = jax.device_get(TEACHER(_teacher_params(), batch, None))
+    targets = jax.device_get(jax.jit(TEACHER)(_teacher_params(), batch, None))
 
     def scalar(params):
         outputs = STUDENT(params, batch, None)
