@@ -377,9 +377,7 @@ def open_cache(directory: str | os.PathLike[str], *, teacher: str, data: str) ->
     directory = Path(directory)
     if not (directory / _MANIFEST).is_file():
         unfinished = _partial(directory).exists()
-        hint = (
-            "its writing was interrupted or is not complete; write it again" if unfinished else "write_cache makes one"
-        )
+        hint = "its writing has not come to its end; write it again" if unfinished else "write_cache makes one"
         raise InputError(f"no teacher's cache in '{directory}'; {hint}")
     try:
         about = json.loads((directory / _MANIFEST).read_text())

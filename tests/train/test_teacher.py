@@ -236,7 +236,7 @@ def test_donating_the_state_leaves_a_teacher_of_the_same_buffers_and_the_step_co
     assert all(leaf.is_deleted() for old in states for leaf in jax.tree.leaves(old.params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placement.teacher_params), kept)
     assert np.isfinite(metrics["loss"])
-    assert len([function for function in compiled if "update" in str(function)]) == 1
+    assert len(compiled) == 1, compiled
 
 
 @pytest.mark.parametrize("name", ["1", "pmap"])
