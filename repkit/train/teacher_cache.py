@@ -457,7 +457,7 @@ def _rows(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 def _checksums(batch: Batch, inputs: Sequence[str]) -> UInt32[np.ndarray, "b i"]:
     rows = len(batch["where"])
     as_bytes = [np.ascontiguousarray(batch[name]).reshape(rows, -1).view(np.uint8) for name in inputs]
-    return np.array([[zlib.crc32(field[row]) for field in as_bytes] for row in range(rows)], np.uint32).reshape(
+    return np.array([[zlib.crc32(field[row].data) for field in as_bytes] for row in range(rows)], np.uint32).reshape(
         rows, len(inputs)
     )
 
