@@ -64,24 +64,25 @@ def test_layers_that_cannot_be_matched_are_refused(arguments, how, message):
 
 
 def _maps(seed, heads, layers, queries=QUERIES, keys=KEYS):
-    keys_of_layers = jax.random.split(jax.random.key(seed), len(layers))
-    shape = (ROWS, heads, queries, keys)
-    return {
-        layer: jax.nn.softmax(jax.random.normal(key, shape, jnp.float32))
-        for layer, key in zip(layers, keys_of_layers, strict=True)
-    }
+    rng = np.random.default_rng(seed)
+    maps = {layer: rng.uniform(size=(ROWS, heads, queries, keys)).astype(np.float32) ** 3 for layer in layers}
+    return {layer: values / values.sum(-1, keepdims=True) for layer, values in maps.items()}
 
 
 def _masks():
     return {
-        "decoder": jnp.arange(QUERIES) < jnp.array([[4], [2], [3]]),
-        "encoder": jnp.arange(KEYS) < jnp.array([[5], [3], [4]]),
+        "decoder": np.arange(QUERIES) < np.array([[4], [2], [3]]),
+        "encoder": np.arange(KEYS) < np.array([[5], [3], [4]]),
     }
 
 
-def _evaluate(terms, outputs, teacher, step=0):
-    batch = {"where": jnp.array([True, True, False])}
-    return Objective(terms)(batch, outputs, {}, step=step, key=jax.random.key(0), teacher=teacher)
+def _evaluate(terms, outputs, teacher):
+    @jax.jit
+    def evaluate(outputs, teacher):
+        batch = {"where": jnp.array([True, True, False])}
+        return Objective(terms)(batch, outputs, {}, step=0, key=jax.random.key(0), teacher=teacher)
+
+    return evaluate(outputs, teacher)
 
 
 def test_the_terms_are_a_weighted_mean_over_the_pairs_with_masks():
@@ -94,16 +95,20 @@ def test_the_terms_are_a_weighted_mean_over_the_pairs_with_masks():
     total, report = _evaluate(
         layer_terms("heads", matches, weight=0.5), {"attention": student, "masks": masks}, {"attention": teacher}
     )
-    expected = [
-        losses.mean_head_attention(
-            student[ours],
-            teacher[theirs],
+
+    @jax.jit
+    def of_pair(student, teacher):
+        return losses.mean_head_attention(
+            student,
+            teacher,
             variant="mse",
             query_where=masks["decoder"],
             key_where=masks["encoder"],
             where=jnp.array([True, True, False]),
         )
-        for ours, theirs in [(STUDENT[0], TEACHER[0]), (STUDENT[1], TEACHER[3])]
+
+    expected = [
+        of_pair(student[ours], teacher[theirs]) for ours, theirs in [(STUDENT[0], TEACHER[0]), (STUDENT[1], TEACHER[3])]
     ]
     np.testing.assert_allclose(total, 0.5 * (expected[0] + 3 * expected[1]) / 2, rtol=1e-5)
     values = [report.means[f"heads/{ours}/{theirs}"].value() for ours, theirs in pairs]
@@ -119,19 +124,16 @@ def test_weights_may_be_functions_of_the_step():
 
 
 def test_queries_and_keys_give_the_value_of_their_maps():
-    keys = jax.random.split(jax.random.key(0), 4)
-    heads = {"student": 2, "teacher": 3}
+    rng, heads = np.random.default_rng(0), {"student": 2, "teacher": 3}
     arrays = {
-        side: (
-            jax.random.normal(keys[2 * i], (ROWS, heads[side], QUERIES, 6), jnp.float32),
-            jax.random.normal(keys[2 * i + 1], (ROWS, heads[side], KEYS, 6), jnp.float32),
-        )
-        for i, side in enumerate(heads)
+        side: [rng.standard_normal((ROWS, heads[side], length, 6), np.float32) for length in (QUERIES, KEYS)]
+        for side in heads
     }
 
     def outputs(side, layer):
         query, key = arrays[side]
-        maps = jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", query, key) / np.sqrt(6))
+        maps = np.exp(np.einsum("bhqd,bhkd->bhqk", query, key) / np.sqrt(6))
+        maps = maps / maps.sum(-1, keepdims=True)
         return {"queries": {layer: query}, "keys": {layer: key}, "attention": {layer: maps}}
 
     student, teacher = outputs("student", STUDENT[0]), outputs("teacher", TEACHER[3])

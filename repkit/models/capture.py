@@ -187,7 +187,8 @@ def show(module: nnx.Module, capture: Capture) -> Wanted:
         elif names:
             if "attention" in names:
                 require_known_attention(path, layer.attention_fn, nnx.dot_product_attention)
-            layer.attention_fn = _ShownAttention(layer.attention_fn, names)
+            # What was a plain function becomes a part that can sow; `nnx.data` says that this is meant.
+            layer.attention_fn = nnx.data(_ShownAttention(layer.attention_fn, names))
     for path in wanted.get("hidden", ()):
         # A module's own __setattr__ takes every name for a part of the module.
         object.__setattr__(modules[path], "__class__", _showing_output(type(modules[path])))

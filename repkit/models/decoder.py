@@ -56,15 +56,14 @@ class DecoderBlock(nnx.Module):
         batch, beams, length, heads, head_dim = past.keys.shape
         normed = self.self_attention_norm(tokens).reshape(batch * beams, 1, -1)
         new = self.self_attention.keys_values(normed)
-        past = KeysValues(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(
-                    old, one.reshape(batch, beams, 1, heads, head_dim), position, axis=2
-                )
-                for old, one in zip(past, new, strict=True)
-            )
+        past = jax.tree.map(
+            lambda before, added: jax.lax.dynamic_update_slice_in_dim(
+                before, added.reshape(batch, beams, 1, heads, head_dim), position, axis=2
+            ),
+            past,
+            new,
         )
-        seen = KeysValues(*(values.reshape(batch * beams, length, heads, head_dim) for values in past))
+        seen = jax.tree.map(lambda values: values.reshape(batch * beams, length, heads, head_dim), past)
         mask = padding_mask((jnp.arange(length) <= position)[None])
         attended = self.self_attention.attend(normed, seen, mask=mask)
         tokens = tokens + attended.reshape(tokens.shape)

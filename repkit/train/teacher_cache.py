@@ -63,7 +63,7 @@ def data_identity(records: Records, *, sample: int = 64, ignore: Iterable[str] =
 
     Example:
         >>> data_identity([{"text": "a red seven", "origin": "a.jsonl"}])[:12]
-        'c8b1d2a53e37'
+        '751d6ab3ca9b'
     """
     if not len(records):
         raise InputError("data_identity: expected at least one record, got none")
@@ -377,9 +377,7 @@ def open_cache(directory: str | os.PathLike[str], *, teacher: str, data: str) ->
     directory = Path(directory)
     if not (directory / _MANIFEST).is_file():
         unfinished = _partial(directory).exists()
-        hint = (
-            "its writing was interrupted or is not complete; write it again" if unfinished else "write_cache makes one"
-        )
+        hint = "its writing has not come to its end; write it again" if unfinished else "write_cache makes one"
         raise InputError(f"no teacher's cache in '{directory}'; {hint}")
     try:
         about = json.loads((directory / _MANIFEST).read_text())
@@ -459,7 +457,7 @@ def _rows(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 def _checksums(batch: Batch, inputs: Sequence[str]) -> UInt32[np.ndarray, "b i"]:
     rows = len(batch["where"])
     as_bytes = [np.ascontiguousarray(batch[name]).reshape(rows, -1).view(np.uint8) for name in inputs]
-    return np.array([[zlib.crc32(field[row]) for field in as_bytes] for row in range(rows)], np.uint32).reshape(
+    return np.array([[zlib.crc32(field[row].data) for field in as_bytes] for row in range(rows)], np.uint32).reshape(
         rows, len(inputs)
     )
 

@@ -35,9 +35,9 @@ class Block(nnx.Module):
 
 
 class User(nnx.Module):
-    def __init__(self, rngs, *, remat=False, weights=False, **options):
+    def __init__(self, rngs, *, remat=False, weights=False, sow=False, **options):
         self.blocks = nnx.List([Block(rngs, **options) for _ in range(2)])
-        self.remat, self.weights = remat, weights
+        self.remat, self.weights, self.sows = remat, weights, sow
 
     def __call__(self, batch, *, key=None):
         x = batch["x"]
@@ -47,7 +47,8 @@ class User(nnx.Module):
                 return block(batch, x, weights=self.weights)
 
             x = (nnx.remat(run) if self.remat else run)(block, batch, x)
-            self.sow(nnx.Intermediate, "hidden", x + 1)
+            if self.sows:
+                block.sow(nnx.Intermediate, "hidden", x + 1)
         return {"y": x}
 
 
@@ -79,7 +80,8 @@ def test_maps_of_flax_layers_are_those_that_flax_sows(options):
     assert set(maps) == set(expected) == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("own", "cross")}
     for path, values in maps.items():
         assert values.dtype == jnp.float32
-        np.testing.assert_allclose(values, expected[path], atol=1e-6, err_msg=path)
+        # Between its own two ways to attend, flax rounds differently, which the next layer's norms enlarge.
+        np.testing.assert_allclose(values, expected[path], atol=1e-4, err_msg=path)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"normalize_qk": True}], ids=str)
@@ -175,6 +177,13 @@ def test_of_nested_modules_that_match_the_outermost_is_meant(params):
 
     assert hidden("blocks.*") == {"blocks.0", "blocks.1"}
     assert hidden("blocks.*", "blocks.1.own.out") == {"blocks.0", "blocks.1", "blocks.1.own.out"}
+
+
+def test_what_the_user_sows_is_not_taken_for_ours(params):
+    capture = Capture(hidden=["blocks.1"])
+    outputs = user(capture, sow=True).forward(params, BATCH, None)
+    assert set(outputs) == {"y", "hidden"}
+    np.testing.assert_array_equal(outputs["y"], outputs["hidden"]["blocks.1"])
 
 
 def test_capturing_leaves_other_modules_of_the_class_alone(params):

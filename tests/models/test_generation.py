@@ -24,9 +24,9 @@ def code_of(words):
 
 @pytest.fixture(scope="module")
 def table():
-    """Logits of the next token [rows beginnings tokens], in which padding and begin tokens are likely."""
-    logits = 2 * np.random.default_rng(0).normal(size=(ROWS, 3**LENGTH, VOCABULARY))
-    logits[..., [PAD, BEGIN]] += 1
+    """Logits of the next token [rows beginnings tokens], of which greedy decoding finds the best in no row."""
+    logits = 2 * np.random.default_rng(2).normal(size=(ROWS, 3**LENGTH, VOCABULARY))
+    logits[..., [PAD, BEGIN, END]] += 1
     return logits.astype(np.float32)
 
 

@@ -1,6 +1,7 @@
 """Teachers in the step: one gradient on every placement, none to the teacher, and what becomes of its parameters."""
 
 import dataclasses
+import functools
 import io
 import re
 
@@ -64,7 +65,7 @@ def _init_student(key):
 
 
 def _teacher_params(seed=7):
-    return jax.device_get(_init(3, jax.random.key(seed)))
+    return jax.device_get(jax.jit(functools.partial(_init, 3))(jax.random.key(seed)))
 
 
 def _divergence(student_logits, teacher_logits, *, where=None, reduction="mean"):
@@ -137,7 +138,7 @@ def expected():
     """The gradient with the teacher's outputs as constants, without any step."""
     batch, objective = _batch(), _objective()
     state = jax.jit(_state)(jax.random.key(1))
-    targets = jax.device_get(TEACHER(_teacher_params(), batch, None))
+    targets = jax.device_get(jax.jit(TEACHER)(_teacher_params(), batch, None))
 
     def scalar(params):
         outputs = STUDENT(params, batch, None)
@@ -235,7 +236,7 @@ def test_donating_the_state_leaves_a_teacher_of_the_same_buffers_and_the_step_co
     assert all(leaf.is_deleted() for old in states for leaf in jax.tree.leaves(old.params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placement.teacher_params), kept)
     assert np.isfinite(metrics["loss"])
-    assert len([function for function in compiled if "update" in str(function)]) == 1
+    assert len(compiled) == 1, compiled
 
 
 @pytest.mark.parametrize("name", ["1", "pmap"])

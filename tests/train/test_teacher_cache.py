@@ -69,7 +69,7 @@ def test_rows_come_back_by_example_in_half_precision_and_masked_rows_are_zero(wr
 
 def test_it_is_written_in_float32_and_on_a_mesh_as_well(tmp_path, written):
     teacher = FrozenTeacher(TEACHER.forward, TEACHER.params)
-    whole = _write(tmp_path / "cache", teacher=teacher, dtype="float32", mesh=make_mesh())
+    whole = _write(tmp_path / "cache", _pass(batch_size=8), teacher=teacher, dtype="float32", mesh=make_mesh())
     rows = whole.rows(_rows([1]))["teacher/logits"]
     assert rows.dtype == np.float32
     np.testing.assert_allclose(rows[0], INPUTS[1] @ TEACHER.params["w"], rtol=1e-6)
@@ -80,7 +80,7 @@ def test_the_manifest_says_what_it_holds(written):
     about = json.loads((written.directory / "manifest.json").read_text())
     assert about["teacher"] == TEACHER.identity
     assert (about["data"], about["examples"], about["inputs"]) == ("ten rows", EXAMPLES, ["x", "token_ids"])
-    assert about["arrays"][f"attention.{LAYER}"] == {"file": "001.npy", "shape": [EXAMPLES, 4, 4], "dtype": "float16"}
+    assert about["arrays"][f"attention.{LAYER}"] == {"file": "000.npy", "shape": [EXAMPLES, 4, 4], "dtype": "float16"}
 
 
 def test_another_teacher_and_other_data_are_refused(written):
@@ -173,17 +173,17 @@ def test_what_cannot_be_cached_is_refused_and_leaves_nothing(tmp_path, options, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("value", "path"), [(np.nan, "logits"), (1e5, "logits")])
-def test_a_teacher_that_is_not_finite_is_refused_but_for_masked_rows(tmp_path, value, path):
+@pytest.mark.parametrize(("value", "paths"), [(np.nan, PATHS), (1e5, PATHS[1:])])
+def test_a_teacher_that_is_not_finite_is_refused_but_for_masked_rows(tmp_path, value, paths):
     def batches(where):
         batch = _rows(np.arange(EXAMPLES))
         batch["x"][4] = value
         batch["where"][4] = where
         yield batch
 
-    with pytest.raises(InputError, match=f"the teacher's '{path}' is not finite in float16 for example 4"):
-        _write(tmp_path / "cache", batches(True))
-    _write(tmp_path / "cache", batches(False))
+    with pytest.raises(InputError, match=f"the teacher's '{PATHS[1]}' is not finite in float16 for example 4"):
+        _write(tmp_path / "cache", batches(True), paths=paths)
+    _write(tmp_path / "cache", batches(False), paths=paths)
 
 
 class _Stream:
@@ -228,7 +228,7 @@ def test_a_stream_with_the_cache_goes_on_where_it_was(written):
 def _records(count, *, folder="a", changed=None):
     return [
         {
-            "image": np.full((2, 2, 3), index, np.uint8),
+            "image": np.full((2, 2, 3), index % 256, np.uint8),
             "texts": [f"number {index if index != changed else 'changed'}"],
             "label": np.int64(index),
             "origin": f"{folder}/{index}",
