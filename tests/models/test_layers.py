@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from repkit.models.layers import Attention, Block, Captured, Dense, attention_map, causal_mask, dropout, padding_mask
+from repkit.models.layers import (
+    Attention,
+    Block,
+    Captured,
+    Dense,
+    KeysValues,
+    attend,
+    attention_map,
+    causal_mask,
+    dropout,
+    padding_mask,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -139,3 +150,32 @@ def test_parameters_are_float32_whatever_the_compute_dtype(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {np.dtype("float32")}
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(nnx.state(block)))
     assert block(jnp.zeros((1, 3, 8), dtype), None, None).dtype == dtype
+
+
+@pytest.mark.parametrize("visible", ["all", "padded", "causal"])
+def test_long_maps_are_walked_in_blocks_and_never_held(visible):
+    """Rows that are no multiple of a block; value and gradient are those of the whole map."""
+    length = 1100
+    query, keys, values, weights = (jnp.asarray(RANDOM.normal(size=(2, length, 2, 4)), jnp.float32) for _ in range(4))
+    mask = {
+        "all": None,
+        "padded": padding_mask(jnp.arange(length) < jnp.array([[length], [17]])),
+        "causal": causal_mask(length),
+    }[visible]
+
+    def whole(query, keys, values):
+        return jnp.sum(weights * jnp.einsum("bhqk,bkhd->bqhd", attention_map(query, keys, mask), values))
+
+    def blocks(query, keys, values):
+        return jnp.sum(weights * attend(query, KeysValues(keys, values), mask))
+
+    results, programs = {}, {}
+    for function in (whole, blocks):
+        programs[function] = jax.jit(jax.value_and_grad(function, (0, 1, 2))).lower(query, keys, values).compile()
+        results[function] = programs[function](query, keys, values)
+    for expected, got in zip(*map(jax.tree.leaves, results.values()), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    one_map = 4 * 2 * 2 * length**2
+    memory = {function: program.memory_analysis().temp_size_in_bytes for function, program in programs.items()}
+    assert memory[whole] > one_map
+    assert memory[blocks] < one_map
