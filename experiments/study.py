@@ -94,12 +94,12 @@ class Interval(NamedTuple):
     Attributes:
         mean: of the values.
         half_width: the interval is mean +- half_width; infinite for one value.
-        count: number of values.
+        values: how many there are.
     """
 
     mean: float
     half_width: float
-    count: int
+    values: int
 
     def __str__(self) -> str:
         return f"{self.mean:.3g} ± {self.half_width:.2g}"
@@ -117,7 +117,7 @@ def interval(values: Sequence[float]) -> Interval:
     """The mean and its 95 % interval by Student's t.
 
     >>> interval([1.0, 2.0, 3.0])
-    Interval(mean=2.0, half_width=2.484..., count=3)
+    Interval(mean=2.0, half_width=2.484..., values=3)
     """
     x = np.asarray(values, float)
     if x.size == 0:

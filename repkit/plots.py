@@ -514,10 +514,9 @@ def head_alignment(cosines: Mapping[str, Float[np.ndarray, "ht hs"]], path: str 
     columns = min(4, len(cosines))
     lines = math.ceil(len(cosines) / columns)
     figure = _figure(2.3 * columns + 0.9, 2.7 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    shown = None
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, (title, values) in zip(axes, cosines.items(), strict=False):
-        shown = axis.imshow(values, cmap=_colour_map("viridis"), vmin=0, vmax=1, aspect="auto")
+        axis.imshow(values, cmap=_colour_map("viridis"), vmin=0, vmax=1, aspect="auto")
         axis.plot(np.argmax(values, axis=1), np.arange(len(values)), "o", color=VERMILION, markersize=4, mec="white")
         axis.set_title(title, fontsize=8, color=INK)
         axis.set_xlabel("student head", fontsize=8, color=GREY)
@@ -525,11 +524,11 @@ def head_alignment(cosines: Mapping[str, Float[np.ndarray, "ht hs"]], path: str 
         axis.set_xticks(range(values.shape[1]))
         axis.set_yticks(range(values.shape[0]))
         axis.tick_params(labelsize=7, colors=GREY, labelcolor=INK, length=2)
-    for axis in list(axes)[len(cosines) :]:
+    for axis in axes[len(cosines) :]:
         axis.set_axis_off()
     figure.subplots_adjust(left=0.09, right=0.88, top=0.9, bottom=0.17, wspace=0.45, hspace=0.6)
     bar = figure.add_axes((0.905, 0.2, 0.018, 0.65))
-    figure.colorbar(shown, cax=bar).outline.set_visible(False)
+    figure.colorbar(axes[0].images[0], cax=bar).outline.set_visible(False)
     bar.tick_params(labelsize=7, colors=GREY, labelcolor=INK, length=2)
     bar.set_ylabel("cosine", fontsize=8, color=GREY)
     return _save(figure, path)

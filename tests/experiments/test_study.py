@@ -59,6 +59,6 @@ def test_a_difference_is_taken_seed_by_seed():
     difference = paired_difference(ours, baseline, "accuracy")
     assert difference.mean == pytest.approx(0.1)
     assert difference.half_width == pytest.approx(0, abs=1e-9)
-    assert difference.count == 2
+    assert difference.values == 2
     with pytest.raises(InputError, match="no seed"):
         paired_difference(ours, runs_of({5: 0.1}), "accuracy")
