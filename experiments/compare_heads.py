@@ -222,10 +222,10 @@ def _differences(study: Study, runs: Runs, task: str) -> str:
     for column in _columns(study, runs, task):
         for ours in OURS:
             for baseline in BASELINES:
-                pair = [_select(runs, task, method, *column) for method in (ours, baseline)]
-                if len({run.settings["seed"] for run in pair[0]} & {run.settings["seed"] for run in pair[1]}) < 2:
+                first, second = (_select(runs, task, method, *column) for method in (ours, baseline))
+                if len({run.settings["seed"] for run in first} & {run.settings["seed"] for run in second}) < 2:
                     continue
-                difference = paired_difference(*pair, MAIN_METRIC[task])
+                difference = paired_difference(first, second, MAIN_METRIC[task])
                 sign = "+" if difference.mean > difference.half_width else ""
                 sign = "-" if difference.mean < -difference.half_width else sign
                 rows.append([_column_title(*column), TITLES[ours], TITLES[baseline], _scaled(difference), sign])
