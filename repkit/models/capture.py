@@ -220,7 +220,7 @@ class _ShownAttention(nnx.Module):
 
 
 @functools.cache
-def _showing_output(kind: type[nnx.Module]) -> type[nnx.Module]:
+def _showing_output(kind: Any) -> type[nnx.Module]:
     """The class of modules like those of `kind` that sow their output."""
 
     def call(self, *arguments: Any, **keywords: Any) -> Any:

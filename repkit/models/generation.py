@@ -1,7 +1,7 @@
 """Beam search, of which greedy decoding is the case of one beam, as one program with a cache."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class _Search(NamedTuple):
     length: Int32[Array, ""]
     token_ids: Int32[Array, "b beams max_length+1"]
     log_probs: Float[Array, "b beams"]
-    cache: object
+    cache: Any
     best: Generated
 
 

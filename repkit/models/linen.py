@@ -1,7 +1,7 @@
 """Flax Linen modules as pure functions, whose layers show what is asked for without an edit."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -69,7 +69,7 @@ def linen_model(
         ((3, 5, 8), (3, 2, 5, 5))
     """
 
-    def initialise(key: Key[Array, ""]) -> dict[str, Any]:
+    def initialise(key: Key[Array, ""]) -> Any:
         return module.init(key, example, deterministic=True, method=call)
 
     attention, modules = _layers_called(initialise)
@@ -81,7 +81,7 @@ def linen_model(
         return initialise(key)["params"]
 
     def forward(params: Params, batch: Batch, key: Key[Array, ""] | None) -> Outputs:
-        apply = functools.partial(
+        apply: Callable[..., Any] = functools.partial(
             module.apply,
             {"params": params},
             batch,
@@ -99,7 +99,7 @@ def linen_model(
 
 
 def _layers_called(
-    initialise: Callable[[Key[Array, ""]], dict[str, Any]],
+    initialise: Callable[[Key[Array, ""]], Mapping[str, Any]],
 ) -> tuple[dict[str, Callable[..., Array]], tuple[str, ...]]:
     """The attention functions of attention layers by path, and the paths of all modules that are called."""
     attention, modules = {}, {}
@@ -162,7 +162,7 @@ def _showing(module: Any, attention_fn: Callable[..., Array], names: tuple[str, 
         object.__setattr__(module, "attention_fn", before)
 
 
-def _shown_by(sown: dict[str, Any]) -> dict[tuple[str, str], Any]:
+def _shown_by(sown: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     shown = {}
     for keys, values in jax.tree_util.tree_leaves_with_path(sown, is_leaf=lambda node: isinstance(node, tuple)):
         *path, name = (key.key for key in keys)

@@ -51,10 +51,9 @@ BATCH = {
     "target_ids": TARGET_IDS,
     "target_mask": TARGET_MASK,
 }
-PATHS = (
-    "encoder.blocks.0.attention",
-    *(f"decoder.blocks.{i}.{kind}_attention" for i in (0, 1) for kind in ("self", "cross")),
-)
+SELF = [f"decoder.blocks.{i}.self_attention" for i in (0, 1)]
+CROSS = [f"decoder.blocks.{i}.cross_attention" for i in (0, 1)]
+ENCODER = "encoder.blocks.0.attention"
 
 
 @functools.cache
@@ -65,8 +64,14 @@ def compiled(**changes):
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters, larger than at the start, so that each input has its own likely outputs."""
-    return jax.tree.map(lambda leaf: 3 * leaf, compiled().init(jax.random.key(0)))
+    """Random parameters under which sequences differ by row, some end early, and a wider search finds others."""
+    random = np.random.default_rng(4)
+
+    def draw(leaf):
+        inputs = leaf.shape[0] if leaf.ndim == 2 and leaf.shape[0] > 7 else 1
+        return (random.normal(size=leaf.shape) * 0.5 / np.sqrt(inputs)).astype(np.float32)
+
+    return jax.tree.map(draw, compiled().init(jax.random.key(0)))
 
 
 def logits(params, batch=BATCH, key=None, **changes):
@@ -98,7 +103,7 @@ def test_outputs_have_the_shapes_promised(params):
 
 def test_a_target_token_sees_only_those_before_it(params):
     changed = TARGET_IDS.copy()
-    changed[:, 3] = 3 + (changed[:, 3] + 1) % 4
+    changed[:, 3] = 3 + (changed[:, 3] - 2) % 4
     before, after = logits(params), logits(params, BATCH | {"target_ids": changed})
     np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-5)
     assert np.abs(before[:, 4:] - after[:, 4:]).max(axis=(1, 2)).min() > 1e-2
@@ -214,13 +219,12 @@ def test_dropout_acts_only_with_a_key_and_repeats_with_the_same(params):
 
 
 def test_what_its_layers_show(params):
-    assert attention_paths(lambda rngs: SequenceToSequence(CONFIG, rngs=rngs)) == PATHS
+    assert set(attention_paths(lambda rngs: SequenceToSequence(CONFIG, rngs=rngs))) == {ENCODER, *SELF, *CROSS}
     capture = Capture(maps=["*"], queries_keys=["decoder.*.cross_attention"], hidden=["*coder.blocks.*"])
     outputs = jax.jit(sequence_to_sequence(CONFIG, capture=capture).forward)(params, BATCH, None)
-    shapes = {path: values.shape for path, values in outputs["attention"].items()}
-    lengths = ((9, 9), (6, 6), (6, 9), (6, 6), (6, 9))
-    assert shapes == {path: (ROWS, 2, *length) for path, length in zip(PATHS, lengths, strict=True)}
-    assert {path: values.shape[2] for path, values in outputs["keys"].items()} == dict.fromkeys(PATHS[2::2], 9)
+    shapes = {path: values.shape[1:] for path, values in outputs["attention"].items()}
+    assert shapes == {ENCODER: (2, 9, 9)} | dict.fromkeys(SELF, (2, 6, 6)) | dict.fromkeys(CROSS, (2, 6, 9))
+    assert {path: values.shape for path, values in outputs["keys"].items()} == dict.fromkeys(CROSS, (ROWS, 2, 9, 8))
     hidden = {path: values.shape for path, values in outputs["hidden"].items()}
     assert hidden == {
         "encoder.blocks.0": (ROWS, 9, 16),
@@ -229,9 +233,9 @@ def test_what_its_layers_show(params):
     }
     np.testing.assert_allclose(outputs["logits"], logits(params), atol=1e-5)
     padding = ~np.pad(SOURCE_MASK, ((0, 0), (4, 0)), constant_values=True)
-    for path in (PATHS[0], PATHS[2]):
+    for path in (ENCODER, *CROSS):
         assert not np.asarray(outputs["attention"][path]).swapaxes(1, 3)[padding].any()
-    assert not np.triu(outputs["attention"][PATHS[1]], 1).any()
+    assert not np.triu(outputs["attention"][SELF[0]], 1).any()
 
 
 def test_it_generates_beside_learned_parameters(params):
