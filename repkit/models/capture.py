@@ -182,13 +182,15 @@ def show(module: nnx.Module, capture: Capture) -> Wanted:
     wanted = capture.among(tuple(attention), tuple(path for path, layer in modules.items() if callable(layer)))
     for path, layer in attention.items():
         names = tuple(name for name in ("attention", "queries", "keys") if path in wanted.get(name, ()))
-        if names and isinstance(layer, Attention):
+        if not names:
+            continue
+        if isinstance(layer, Attention):
             layer.captured = names
-        elif names:
-            if "attention" in names:
-                require_known_attention(path, layer.attention_fn, nnx.dot_product_attention)
-            # What was a plain function becomes a part that can sow; `nnx.data` says that this is meant.
-            layer.attention_fn = nnx.data(_ShownAttention(layer.attention_fn, names))
+            continue
+        if "attention" in names:
+            require_known_attention(path, layer.attention_fn, nnx.dot_product_attention)
+        # What was a plain function becomes a part that can sow; `nnx.data` says that this is meant.
+        layer.attention_fn = nnx.data(_ShownAttention(layer.attention_fn, names))
     for path in wanted.get("hidden", ()):
         # A module's own __setattr__ takes every name for a part of the module.
         object.__setattr__(modules[path], "__class__", _showing_output(type(modules[path])))

@@ -81,14 +81,10 @@ def linen_model(
         return initialise(key)["params"]
 
     def forward(params: Params, batch: Batch, key: Key[Array, ""] | None) -> Outputs:
-        apply: Callable[..., Any] = functools.partial(
-            module.apply,
-            {"params": params},
-            batch,
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
-            method=call,
-        )
+        def apply(**options: Any) -> Any:
+            rngs = None if key is None else {"dropout": key}
+            return module.apply({"params": params}, batch, deterministic=key is None, rngs=rngs, method=call, **options)
+
         if not wanted:
             return apply()
         with nn.intercept_methods(functools.partial(_show, wanted, attention)):
