@@ -65,7 +65,7 @@ def test_related_cells_are_all_pairs_in_a_row_or_column():
 )
 def test_a_scene_holds_what_is_wanted_and_can_be_seen(wanted):
     rng = np.random.default_rng(0)
-    composer = Composer(load_strokes(), 32, rng)
+    composer = Composer(load_strokes(), TASK_IMAGE_SIZE, rng)
     numbers = set()
     for _ in range(60):
         scene = draw_scene(composer, wanted, rng, holds=lambda digits: True)
@@ -83,7 +83,7 @@ def test_a_scene_holds_what_is_wanted_and_can_be_seen(wanted):
 
 def test_a_scene_is_drawn_until_it_holds():
     rng = np.random.default_rng(0)
-    composer = Composer(load_strokes(), 32, rng)
+    composer = Composer(load_strokes(), TASK_IMAGE_SIZE, rng)
     for _ in range(20):
         scene = draw_scene(composer, [], rng, holds=lambda digits: digits[0].digit == 5, counts=(3,))
         assert scene.digits[0].digit == 5

@@ -34,14 +34,14 @@ NUMBERS = [
 COLOURS = ["black", "white", "red", "green", "blue", "yellow"]
 PLACES = {
     "top left": (0, 0),
-    "top": (0, 12),
-    "top right": (0, 24),
-    "left": (12, 0),
-    "centre": (12, 12),
-    "right": (12, 24),
-    "bottom left": (24, 0),
-    "bottom": (24, 12),
-    "bottom right": (24, 24),
+    "top": (0, 8),
+    "top right": (0, 16),
+    "left": (8, 0),
+    "centre": (8, 8),
+    "right": (8, 16),
+    "bottom left": (16, 0),
+    "bottom": (16, 8),
+    "bottom right": (16, 16),
 }
 HOLDS = {
     "left of": lambda a, b: a["top"] == b["top"] and a["left"] < b["left"],
