@@ -189,6 +189,7 @@ def test_what_a_loss_returns_beside_its_value_is_computed():
 # Peers and limits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", FAMILIES)
 def test_peers_have_the_value_and_the_gradients_of_our_loss(loss):
     family = FAMILIES[loss]

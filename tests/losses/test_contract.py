@@ -951,6 +951,7 @@ def test_extreme_inputs_stay_finite(name):
 # Transformations and placements
 
 
+@pytest.mark.slow
 @every_loss
 @pytest.mark.usefixtures("float64")
 def test_vmap_is_a_loop(name):
@@ -1053,7 +1054,13 @@ def _assert_same(got: Any, wanted: Any, placement: str, rtol: float) -> None:
     jax.tree.map_with_path(compare, got, wanted)
 
 
-@pytest.mark.parametrize("name", PLACED)
+# These go the way of `info_nce` through the engine, and of `gamma_contrastive` with their memory.
+OF_THE_SAME_ENGINE = ("in_modal_info_nce", "decoupled_contrastive", "global_contrastive", "feature_separation")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OF_THE_SAME_ENGINE)) for name in PLACED]
+)
 @pytest.mark.usefixtures("float64")
 def test_gradient_and_memory_are_the_same_on_eight_devices(name):
     assert jax.device_count() == 8

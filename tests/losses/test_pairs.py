@@ -179,6 +179,7 @@ def test_a_memory_is_restored_onto_another_mesh(tmp_path):
 # Differentiation
 
 
+@pytest.mark.slow
 @every_pair_loss
 def test_the_plain_form_has_forward_mode_and_second_derivatives(name):
     with jax.enable_x64(True):

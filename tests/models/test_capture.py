@@ -72,6 +72,7 @@ def params():
     return user().init(jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"normalize_qk": True}], ids=str)
 def test_maps_of_flax_layers_are_those_that_flax_sows(options):
     params = user(**options).init(jax.random.key(0))

@@ -182,6 +182,7 @@ def test_bfloat16_is_close_to_float32(params):
         np.testing.assert_allclose(found.scores[row], expected, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_remat_gives_equal_gradients_and_keeps_less(params):
     def gradient_and_residuals(remat):
         model = compiled(remat=remat, dropout=0.1)

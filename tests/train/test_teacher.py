@@ -155,6 +155,7 @@ def cache(tmp_path_factory):
     return open_cache(folder, teacher=teacher.identity, data="rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["1", "8", "pmap"])
 def test_live_and_cached_teachers_give_one_gradient_on_every_placement(placement, expected, cache):
     batch = _batch()
