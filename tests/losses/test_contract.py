@@ -629,9 +629,13 @@ CASES = {
 # the loss can.
 LOSSES = {case.loss.__name__: case for case in reversed(CASES.values())}
 
+# Their placements over devices go the way of `info_nce` through the engine, and of `gamma_contrastive` with a memory.
+SAME_ENGINE = ("in_modal_info_nce", "decoupled_contrastive", "global_contrastive", "feature_separation")
 # The first case of each loss, and those whose form makes their placements over devices another program.
 PLACED = [
-    name if case is LOSSES[case.loss.__name__] else pytest.param(name, marks=pytest.mark.slow)
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in SAME_ENGINE or case is not LOSSES[case.loss.__name__]
+    else name
     for name, case in CASES.items()
     if "form" in case.options() or case is LOSSES[case.loss.__name__]
 ]
@@ -1054,13 +1058,7 @@ def _assert_same(got: Any, wanted: Any, placement: str, rtol: float) -> None:
     jax.tree.map_with_path(compare, got, wanted)
 
 
-# These go the way of `info_nce` through the engine, and of `gamma_contrastive` with their memory.
-OF_THE_SAME_ENGINE = ("in_modal_info_nce", "decoupled_contrastive", "global_contrastive", "feature_separation")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OF_THE_SAME_ENGINE)) for name in PLACED]
-)
+@pytest.mark.parametrize("name", PLACED)
 @pytest.mark.usefixtures("float64")
 def test_gradient_and_memory_are_the_same_on_eight_devices(name):
     assert jax.device_count() == 8
