@@ -46,7 +46,7 @@ def brownian_bridge(
 
     Returns:
         The loss, at least float32; 0 with zero gradient for rows that are masked. Where the ends are antipodal and
-        t = 1/2 there is no mean direction: mu is 0 there, and no gradient flows to the ends.
+        t = 1/2 (the mean is shorter than 2e-13) there is no mean direction: mu is 0, and no gradient flows to the ends.
 
     Raises:
         InputError: shapes that do not fit together, a time out of range, a missing key, or an unknown reduction.
@@ -184,7 +184,11 @@ def _interpolate(
 
 
 def _direction(mean: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
-    """As `normalize`, without its reading of all rows for their scale: a mean of rows that is so short is rounding."""
+    """As `normalize`, without its reading of all rows for their scale; 0 for a mean that is shorter than 2e-13.
+
+    Of unit vectors such a mean is rounding, and the derivative of its direction is computed from the third power of its
+    inverse length, which float32 cannot hold.
+    """
     squares = jnp.sum(jnp.square(mean), axis=-1, keepdims=True)
-    is_zero = squares == 0
+    is_zero = squares < jnp.finfo(jnp.float32).tiny ** (2 / 3)
     return mean * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, squares)))
