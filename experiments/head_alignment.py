@@ -10,11 +10,12 @@ comparison of the methods.
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,7 @@ from repkit import losses, plots
 from repkit.checks import InputError
 from repkit.data.pipeline import Batches, make_sequence_batches
 from repkit.data.scene_demands import TASK_IMAGE_SIZE
-from repkit.data.scene_tasks import TASKS
-from repkit.data.sequence_sources import SequenceSource, all_texts, scene_task_source
+from repkit.data.sequence_sources import SequenceSource, scene_task_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from repkit.distillation import Match, describe, layer_terms, match_layers, required_captures
 from repkit.evaluate.generation import evaluate_answers, evaluate_captions, evaluate_translations, generate_texts
@@ -58,7 +58,7 @@ Method = Literal[
 ]
 Kind = Literal["encoder", "decoder", "cross"]
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, LONGEST_FILE = "tokenizer.json", "longest_texts.json"
 EVALUATION_BATCH = 256
 EVALUATE = {"questions": evaluate_answers, "captions": evaluate_captions, "translation": evaluate_translations}
 MAIN_METRIC: dict[str, str] = {"questions": "vqa_accuracy", "captions": "cider_d", "translation": "bleu4"}
@@ -155,8 +155,8 @@ def build(config: Config, directory: Path) -> Experiment:
     _check(config)
     train = _source(config, "train")
     validation, test = _source(config, "validation"), _source(config, "test")
-    tokenizer = _tokenizer(config, directory)
-    lengths = _lengths(config, tokenizer)
+    language = _language(config, directory)
+    tokenizer, lengths = language.tokenizer, language.longest[config.task]
     matches = _matches(config)
     model = _model(config, tokenizer, Capture(**required_captures(matches).student) if matches else Capture())
     model = with_learned(model, _learned(config, matches))
@@ -224,7 +224,7 @@ def build(config: Config, directory: Path) -> Experiment:
         best_metric=f"validation/{MAIN_METRIC[config.task]}",
         evaluate=evaluate,
         figures=figures,
-        save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
+        save=language.save,
         teacher=load_teacher if config.method != "none" else None,
         summary=summary if matches else None,
     )
@@ -261,14 +261,52 @@ def _source(config: Config, split: str) -> SequenceSource:
     return scene_task_source(config.task, split + part, config.directory)
 
 
-def _tokenizer(config: Config, directory: Path) -> Tokenizer:
-    """The run's own, the teacher's, or that of the run to start from; else a new one, which knows the words of all
-    tasks."""
+class _Language(NamedTuple):
+    """How texts become tokens; the same for a teacher and its students.
+
+    Attributes:
+        tokenizer: of sources and targets of all tasks.
+        longest: task -> tokens of the longest source and of the longest target.
+    """
+
+    tokenizer: Tokenizer
+    longest: Mapping[str, tuple[int, int]]
+
+    def save(self, folder: Path) -> None:
+        """Writes what `_language` reads."""
+        self.tokenizer.save(folder / TOKENIZER_FILE)
+        (folder / LONGEST_FILE).write_text(json.dumps(self.longest) + "\n")
+
+
+def _language(config: Config, directory: Path) -> _Language:
+    """The run's own, the teacher's, or that of the run to start from; else a new one, from the texts of all tasks."""
     for path in (directory, config.teacher, config.start):
-        if path is not None and (Path(path) / TOKENIZER_FILE).exists():
-            return load_tokenizer(Path(path) / TOKENIZER_FILE)
-    texts = {text for task in TASKS for text in all_texts(scene_task_source(task, "train", config.directory))}
-    return train_tokenizer(sorted(texts), vocab_size=VOCABULARY_SIZE)
+        if path is not None and (Path(path) / LONGEST_FILE).exists():
+            stored = json.loads((Path(path) / LONGEST_FILE).read_text())
+            longest = {task: (source, target) for task, (source, target) in stored.items()}
+            return _Language(load_tokenizer(Path(path) / TOKENIZER_FILE), longest)
+    texts = {task: _texts(replace(config, task=task)) for task in get_args(Task)}
+    everything = sorted({text for sides in texts.values() for side in sides for text in side})
+    tokenizer = train_tokenizer(everything, vocab_size=VOCABULARY_SIZE)
+
+    def tokens_of_longest(texts: set[str], most: int) -> int:
+        return int(tokenizer.encode(sorted(texts), most + 1)[1].sum(axis=1).max())
+
+    return _Language(
+        tokenizer,
+        {
+            # A target's begin token is not generated.
+            task: (tokens_of_longest(sources, MOST_SOURCE_TOKENS), tokens_of_longest(targets, MOST_TARGET_TOKENS) - 1)
+            for task, (sources, targets) in texts.items()
+        },
+    )
+
+
+def _texts(config: Config) -> tuple[set[str], set[str]]:
+    """The sources and the targets of a task."""
+    source = _source(config, "train")
+    texts = [source.texts(index) for index in range(len(source))]
+    return {text.source for text in texts}, {target for text in texts for target in text.targets}
 
 
 class _References:
@@ -285,20 +323,6 @@ class _References:
         if self._task != "questions":
             return {"target_texts": self._tokenizer.decode(self._tokenizer.encode(targets, MOST_TARGET_TOKENS)[0])}
         return {"target_texts": targets, "ground_truth": {"question_type": self._source[index].get("question_type")}}
-
-
-def _lengths(config: Config, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Tokens of the longest source and of the longest target of a task."""
-    source = _source(replace(config, examples=None), "train")
-    texts = [source.texts(index) for index in range(len(source))]
-    sources = sorted({text.source for text in texts})
-    targets = sorted({target for text in texts for target in text.targets})
-    longest = [
-        int(tokenizer.encode(each, most + 1)[1].sum(axis=1).max())
-        for each, most in ((sources, MOST_SOURCE_TOKENS), (targets, MOST_TARGET_TOKENS))
-    ]
-    # A target's begin token is not generated.
-    return longest[0], longest[1] - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""The comparison of ways to distil a teacher of many heads, at its smallest."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import compare_heads
+from experiments.study import Runs
+
+
+def test_all_runs_of_one_seed_come_before_those_of_the_next():
+    study = compare_heads.Study()
+    settings = list(compare_heads.student_settings(study))
+    assert len({json.dumps(each) for each in settings}) == len(settings)
+    seeds = [each["seed"] for each in settings]
+    assert seeds == sorted(seeds)
+    assert {each["method"] for each in settings} == set(study.methods)
+    assert not any(each["pretrained"] for each in settings if each["task"] == compare_heads.PRETRAINING_TASK)
+
+
+@pytest.mark.slow
+def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert compare_heads.main(["--smoke"]) == 0
+    study = compare_heads.smoke(compare_heads.Study())
+    results = study.results
+    tables = (results / "RESULTS.md").read_text()
+    assert "one to one, KL" in tables
+    assert "Paired differences, questions" in tables
+    assert (results / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "heads_amad_kl.png").read_bytes().startswith(b"\x89PNG")
+    runs = Runs(results / "runs.jsonl")
+    assert all(settings in runs for settings in compare_heads.student_settings(study))
+    lines = (results / "runs.jsonl").read_text()
+
+    capsys.readouterr()
+    assert compare_heads.run_all(dataclasses.replace(study), minutes=float("inf"))
+    assert capsys.readouterr().out == "", "nothing is trained a second time"
+    assert (results / "runs.jsonl").read_text() == lines
