@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.head_alignment import MAIN_METRIC
 from experiments.study import Run, Runs, interval, markdown_table, paired_difference
 from repkit import plots
 from repkit.cli import main as repkit_command
@@ -25,7 +26,6 @@ from repkit.evaluate.results import read_results
 
 RECIPE = Path(__file__).with_name("head_alignment.py")
 RESULTS = Path(__file__).parent / "results" / "head_alignment"
-MAIN_METRIC = {"questions": "vqa_accuracy", "captions": "cider_d", "translation": "bleu4"}
 METRIC_TITLES = {
     "questions": "questions: VQA accuracy",
     "captions": "captions: CIDEr-D",
@@ -189,7 +189,7 @@ def report(study: Study) -> str:
     panels = {METRIC_TITLES[task]: panel for task in study.tasks if (panel := _panel(study, runs, task))}
     if panels:
         plots.intervals(panels, study.results / "accuracy.png", label="mean and 95 % interval over seeds")
-    _copy_alignment(study, runs)
+    _draw_alignment(study, runs)
     return text
 
 
@@ -228,7 +228,7 @@ def _differences(study: Study, runs: Runs, task: str) -> str:
                 difference = paired_difference(first, second, MAIN_METRIC[task])
                 sign = "+" if difference.mean > difference.half_width else ""
                 sign = "-" if difference.mean < -difference.half_width else sign
-                rows.append([_column_title(*column), TITLES[ours], TITLES[baseline], _scaled(difference), sign])
+                rows.append([_column_title(*column), TITLES[ours], TITLES[baseline], difference.percent(), sign])
     if not rows:
         return ""
     header = ["student", "ours", "minus", "difference (points) and 95 % interval", "beyond it"]
@@ -253,12 +253,7 @@ def _select(runs: Runs, task: str, method: str, heads: int, pretrained: bool) ->
 def _cell(runs: Sequence[Run], metric: str) -> str:
     if not runs:
         return ""
-    return f"{_scaled(interval([run.metrics[metric] for run in runs]))} ({len(runs)})"
-
-
-def _scaled(value: Any) -> str:
-    """In points: a hundredth of the metric."""
-    return value.percent()
+    return f"{interval([run.metrics[metric] for run in runs]).percent()} ({len(runs)})"
 
 
 def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, float, float]]]:
@@ -274,7 +269,7 @@ def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, flo
     return panel
 
 
-def _copy_alignment(study: Study, runs: Runs) -> None:
+def _draw_alignment(study: Study, runs: Runs) -> None:
     """Draws the heads of the first seed's students beside the teacher's, without and with alignment."""
     for method in ("none", "one_to_one_kl", "amad_kl"):
         for settings in student_settings(study):
