@@ -5,7 +5,7 @@ Image, index and `where` are the same for all and belong to the pipeline.
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int32, UInt8
 from repkit.data._draws import (
     IMAGE_AUGMENTATION,
     TEXT_AUGMENTATION,
+    commonest_texts,
     drawn_texts,
     first_texts,
     generator_at,
@@ -24,6 +25,9 @@ from repkit.data.sources import Source
 from repkit.data.tokenizer import Tokenizer
 
 Content = TypeVar("Content")
+
+Targets = Literal["drawn", "commonest"]
+"""Which of an example's target texts is trained on: another one each time, or always the most frequent."""
 
 
 class Read(NamedTuple):
@@ -135,6 +139,7 @@ class SequenceRows:
         tokenizer: Tokenizer,
         max_source_length: int,
         max_target_length: int,
+        targets: Targets,
         seed: int,
         repeat: bool,
     ):
@@ -142,6 +147,7 @@ class SequenceRows:
         self._tokenizer = tokenizer
         self._max_source_length = max_source_length
         self._max_target_length = max_target_length
+        self._targets = targets
         self._seed = seed
         self._repeat = repeat
 
@@ -160,8 +166,7 @@ class SequenceRows:
     def columns(
         self, contents: Sequence[Texts], images: UInt8[np.ndarray, "b s s 3"], position: int
     ) -> dict[str, np.ndarray]:
-        groups = [texts.targets for texts in contents]
-        targets = drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
+        targets = self._chosen([texts.targets for texts in contents], position)
         sources = [texts.source for texts in contents]
         sources, targets = _filled_texts(sources, len(images)), _filled_texts(targets, len(images))
         source_ids, source_mask = self._tokenizer.encode(sources, self._max_source_length)
@@ -172,6 +177,11 @@ class SequenceRows:
             "target_ids": target_ids,
             "target_mask": target_mask,
         }
+
+    def _chosen(self, groups: Sequence[Sequence[str]], position: int) -> list[str]:
+        if self._targets == "commonest":
+            return commonest_texts(groups)
+        return drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
 
 
 def _encoded_targets(
