@@ -41,8 +41,8 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     and `stroke_id`, the row of the handwriting in scikit-learn's set.
 
     The texts of `single` and `pairs` are `captions`, the first of which names the digits in the order of `digits`;
-    `single` adds `label`, its digit. Those of the tasks `questions`, `captions` and `translation` are `source_text` and
-    `target_texts`; `questions` adds `question_type` and the true `answer`.
+    `single` adds `label`, its digit. Those of the tasks `questions`, `captions`, `translation` and `grounding` are
+    `source_text` and `target_texts`; `questions` adds `question_type` and the true `answer`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -53,6 +53,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name="questions", description="Questions with ten answers each."),
         tfds.core.BuilderConfig(name="captions", description="A prompt, and four captions."),
         tfds.core.BuilderConfig(name="translation", description="English, and German that says what is to be seen."),
+        tfds.core.BuilderConfig(name="grounding", description="What is at a place, and where something is."),
     ]
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):
