@@ -17,6 +17,7 @@ every picture and the forms mirror one another, neither does the picture alone.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -124,14 +125,23 @@ def _premise(composer: Composer, hypothesis: Hypothesis, class_name: str, rng: n
 def _class_of(holds: Callable[[Digits], bool | None], visible: Digits, covered: PlacedDigit) -> str | None:
     """The class of a text, by trying all that the card may cover; None where the text cannot be understood."""
     seen = {(placed.digit, placed.colour) for placed in visible}
-    truths = {
-        holds([*visible, dataclasses.replace(covered, digit=digit, colour=colour)])
-        for digit, colour in itertools.product(range(len(DIGIT_NAMES)), COLOURS)
-        if (digit, colour) not in seen
-    }
-    if None in truths:
-        return None
-    return "neutral" if len(truths) == 2 else "entailment" if True in truths else "contradiction"
+    truths = set()
+    for kind, placed in _possible_digits(covered.cell):
+        if kind not in seen:
+            truth = holds([*visible, placed])
+            if truth is None:
+                return None
+            truths.add(truth)
+            if len(truths) == 2:
+                return "neutral"
+    return "entailment" if True in truths else "contradiction"
+
+
+@functools.cache
+def _possible_digits(cell: tuple[int, int]) -> list[tuple[tuple[int, str], PlacedDigit]]:
+    """All digits in all colours, as they might be in a cell."""
+    kinds = itertools.product(range(len(DIGIT_NAMES)), COLOURS)
+    return [((digit, colour), PlacedDigit(digit, colour, *cell, -1, -1, -1)) for digit, colour in kinds]
 
 
 class _Claim(NamedTuple):
@@ -145,7 +155,10 @@ class _Claim(NamedTuple):
         """As in "the digit is ..."."""
         if self.digit is None:
             return str(self.colour)
-        return " ".join(filter(None, ("a", self.colour, DIGIT_NAMES[self.digit])))
+        name = DIGIT_NAMES[self.digit]
+        if self.colour is not None:
+            return f"a {self.colour} {name}"
+        return f"an {name}" if name == "eight" else f"a {name}"
 
     @property
     def noun(self) -> str:
@@ -207,10 +220,10 @@ def _relation(rng: np.random.Generator) -> Hypothesis:
     # Never of one kind, because no two digits are; any two colours can be seen on some background.
     digit = pick([digit for digit in range(len(DIGIT_NAMES)) if digit != claim.digit], rng)
     colour = pick(list(COLOURS), rng)
-    anchor = f"{colour} {DIGIT_NAMES[digit]}"
+    anchor = (digit, colour)
 
     def holds(digits: Digits) -> bool | None:
-        cell = next((placed.cell for placed in digits if placed.phrase == anchor), None)
+        cell = next((placed.cell for placed in digits if (placed.digit, placed.colour) == anchor), None)
         if cell is None:
             return None
         others = [placed for placed in digits if placed.cell != cell]
@@ -224,7 +237,9 @@ def _relation(rng: np.random.Generator) -> Hypothesis:
             return Wanted(cell=cell), [there]
         return Wanted(), [claim.wanted(cell) if class_name == "entailment" else claim.half_wanted(cell, rng), there]
 
-    return Hypothesis(f"the digit {relation} the {anchor} is {claim.adjective}", holds, wanted, claim.colour)
+    return Hypothesis(
+        f"the digit {relation} the {colour} {DIGIT_NAMES[digit]} is {claim.adjective}", holds, wanted, claim.colour
+    )
 
 
 def _count(rng: np.random.Generator) -> Hypothesis:
