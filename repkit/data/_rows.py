@@ -6,7 +6,7 @@ Images, index and `where` are the same for all and belong to the pipeline.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -38,8 +38,10 @@ class Read(NamedTuple):
 class Rows(Protocol[Content]):
     """How the examples of a source become columns of a batch. `Content` is what an example holds beside its images."""
 
-    image_names: Sequence[str]
-    """The columns that hold images."""
+    @property
+    def image_names(self) -> Sequence[str]:
+        """The columns that hold images."""
+        ...
 
     def __len__(self) -> int:
         """Examples of the source."""
@@ -199,7 +201,7 @@ class ClassRows:
 
     def read(self, index: int) -> tuple[Read, LabelledText]:
         record = self._source[index]
-        images = {name: record[name] for name in self.image_names}
+        images = {name: cast(Mapping[str, Any], record)[name] for name in self.image_names}
         return Read(images, record["origin"]), LabelledText(record["text"], record["label"])
 
     def content(self, index: int) -> LabelledText:

@@ -52,8 +52,11 @@ class LabelledText(NamedTuple):
 class ClassSource(Protocol):
     """Random access to records. `pictures` is how many images each has: 1 or 2."""
 
-    class_names: Sequence[str]
-    pictures: int
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+    @property
+    def pictures(self) -> int: ...
 
     def __len__(self) -> int: ...
 
