@@ -50,7 +50,7 @@ def test_a_batch_holds_what_the_source_says(tasks_dir, batches_of, task):
     batch = next(batches_of(source))
     names = ("image", "second_image")[: source.pictures]
     assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
-        **{name: ((8, 24, 24, 3), np.uint8) for name in names},
+        **dict.fromkeys(names, ((8, 24, 24, 3), np.uint8)),
         "token_ids": ((8, LENGTH), np.int32),
         "token_mask": ((8, LENGTH), bool),
         "label": ((8,), np.int32),
