@@ -26,6 +26,7 @@ def test_the_code_of_the_page_on_losses_gives_one_value_on_eight_devices_and_on_
     assert values == pytest.approx([float(expected)] * 2)
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_data_gives_the_batches_that_its_table_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for sizes in ("SPLIT_SIZES", "TASK_SPLIT_SIZES"):

@@ -6,7 +6,7 @@ Nothing is imported here, because each module brings its own libraries (`pip ins
 |---|---|---|
 | `scenes` | vocabulary, captions, `zero_shot_prompts`, composition of scenes | scikit-learn, to compose |
 | `scene_tasks` | the generation tasks `TASKS`: questions, captions, translation | scikit-learn, to compose |
-| `scene_classes` | the classification tasks `CLASS_TASKS`: statements, assignment, entailment | scikit-learn, to compose |
+| `scene_classes` | classification: `CLASS_TASKS`: statements, assignment, entailment | scikit-learn, to compose |
 | `scene_questions`, `scene_translation`, `scene_statements`, `scene_assignment`, `scene_entailment` | their grammar | |
 | `scene_demands` | scenes made to order | |
 | `digit_scenes` | the TFDS builder `DigitScenes` | tensorflow-datasets, Pillow |
@@ -17,5 +17,5 @@ Nothing is imported here, because each module brings its own libraries (`pip ins
 | `images` | `load_image` | Pillow |
 | `tokenizer` | `Tokenizer`, `train_tokenizer`, `load_tokenizer` | tokenizers |
 | `augment` | `Augmentation`, `augment_images`, `augment_texts` | |
-| `pipeline` | `make_batches`, `make_sequence_batches`, `make_class_batches`, `Batches`, `caption_table` | grain, Pillow, tokenizers |
+| `pipeline` | `make_batches` and those of sequences and classes, `Batches`, `caption_table` | grain, Pillow, tokenizers |
 """
