@@ -17,5 +17,5 @@ Nothing is imported here, because each module brings its own libraries (`pip ins
 | `images` | `load_image` | Pillow |
 | `tokenizer` | `Tokenizer`, `train_tokenizer`, `load_tokenizer` | tokenizers |
 | `augment` | `Augmentation`, `augment_images`, `augment_texts` | |
-| `pipeline` | `make_batches` and those of sequences and classes, `Batches`, `caption_table` | grain, Pillow, tokenizers |
+| `pipeline` | `make_batches` (also of sequences, classes), `Batches`, `caption_table` | grain, Pillow, tokenizers |
 """
