@@ -65,6 +65,7 @@ class Study:
         without_pretraining: methods that are also run with a teacher that had no pre-training.
         seeds: of the students.
         common: settings of all runs, NAME=VALUE.
+        pretraining: settings of the model that the pre-trained teachers start from.
         teacher: settings of the teachers.
         student: settings of the students.
         workers: how many students are trained at a time.
@@ -78,8 +79,9 @@ class Study:
     methods: tuple[str, ...] = (*BASELINES, *OURS)
     without_pretraining: tuple[str, ...] = ("logits", "one_to_one_kl", "amad_kl")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    common: tuple[str, ...] = ("model.patch_size=8",)
-    teacher: tuple[str, ...] = ("train.steps=12000", "train.checkpoint_every=4000", "train.log_every=500")
+    common: tuple[str, ...] = ()
+    pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
+    teacher: tuple[str, ...] = ("train.steps=4000", "train.checkpoint_every=4000")
     student: tuple[str, ...] = (
         "model.encoder_depth=2",
         "model.decoder_depth=1",
@@ -104,7 +106,7 @@ def smoke(study: Study) -> Study:
         methods=("one_to_one_kl", "amad_kl"),
         without_pretraining=(),
         seeds=(0, 1),
-        common=(),
+        pretraining=(),
         teacher=(),
         student=(),
         smoke=True,
@@ -152,7 +154,8 @@ def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> P
     start = [f"start={train_teacher(study, runs, PRETRAINING_TASK, pretrained=False)}"] if pretrained else []
     settings = {"task": task, "role": "teacher", "pretrained": pretrained}
     if settings not in runs or not (folder / "results.jsonl").exists():
-        train(study, folder, [f"task={task}", *start, *study.teacher])
+        own = study.pretraining if task == PRETRAINING_TASK else study.teacher
+        train(study, folder, [f"task={task}", *start, *own])
         runs.run(settings, lambda: evaluate(folder))
     return folder
 
