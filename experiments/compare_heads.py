@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -67,6 +68,7 @@ class Study:
         common: settings of all runs, NAME=VALUE.
         pretraining: settings of the model that the pre-trained teachers start from.
         teacher: settings of the teachers.
+        teacher_steps: training steps of the teachers, by task; questions take longest.
         student: settings of the students.
         workers: how many students are trained at a time.
         smoke: whether the recipe's smallest setting is taken.
@@ -81,7 +83,8 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     common: tuple[str, ...] = ()
     pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
-    teacher: tuple[str, ...] = ("train.steps=4000", "train.checkpoint_every=4000")
+    teacher: tuple[str, ...] = ("targets=commonest", "train.checkpoint_every=1500")
+    teacher_steps: Mapping[str, int] = MappingProxyType({"questions": 6000, "captions": 3000, "translation": 3000})
     student: tuple[str, ...] = (
         "model.encoder_depth=2",
         "model.decoder_depth=1",
@@ -108,6 +111,7 @@ def smoke(study: Study) -> Study:
         seeds=(0, 1),
         pretraining=(),
         teacher=(),
+        teacher_steps={},
         student=(),
         smoke=True,
     )
@@ -155,7 +159,8 @@ def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> P
     settings = {"task": task, "role": "teacher", "pretrained": pretrained}
     if settings not in runs or not (folder / "results.jsonl").exists():
         own = study.pretraining if task == PRETRAINING_TASK else study.teacher
-        train(study, folder, [f"task={task}", *start, *own])
+        steps = [f"train.steps={study.teacher_steps[task]}"] if task in study.teacher_steps else []
+        train(study, folder, [f"task={task}", *start, *own, *steps])
         runs.run(settings, lambda: evaluate(folder))
     return folder
 
