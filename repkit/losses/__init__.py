@@ -8,6 +8,7 @@
 | every pair judged on its own, without a softmax | `sigmoid_contrastive` |
 | a contrast that keeps pushing pairs that are well separated | `decoupled_contrastive` |
 | two views of one modality | `in_modal_info_nce` |
+| pairs, against a momentum teacher's soft targets and a queue of candidates | `queue_contrastive` |
 | negatives for image-text matching | `hard_negatives` |
 | beside it, room for what only one modality knows | `feature_separation` |
 | beside it, features that spread over the whole sphere | `uniformity` |
@@ -57,11 +58,13 @@ from repkit.losses.generation import caption_cross_entropy
 from repkit.losses.geometry import geometric_consistency
 from repkit.losses.matching import HardNegatives, hard_negatives
 from repkit.losses.mesh import over_mesh
+from repkit.losses.queue import FeatureQueue, init_queue, queue_contrastive
 from repkit.losses.separation import feature_separation
 from repkit.losses.uniformity import uniformity
 
 __all__ = [
     "Blocks",
+    "FeatureQueue",
     "Form",
     "HardNegatives",
     "LogPartitionMemory",
@@ -82,12 +85,14 @@ __all__ = [
     "in_modal_info_nce",
     "info_nce",
     "init_memory",
+    "init_queue",
     "logit_distillation",
     "mean_head_attention",
     "merged_head_attention",
     "mixed_head_attention",
     "one_to_one_attention",
     "over_mesh",
+    "queue_contrastive",
     "sample_rates",
     "sigmoid_contrastive",
     "uniformity",
