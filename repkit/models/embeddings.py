@@ -2,26 +2,32 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from repkit.checks import InputError
 
-_embedding_init = nnx.initializers.normal(0.02)
-
 Dtype = Literal["float32", "bfloat16"]
 """Of a model's arithmetic."""
 
 
-def embedding(rngs: nnx.Rngs, rows: int, width: int) -> nnx.Param[Array]:
-    """A table of learned vectors [rows width], at the start normal with standard deviation 0.02."""
-    return nnx.Param(_embedding_init(rngs.params(), (rows, width), jnp.float32))
+def embedding(rngs: nnx.Rngs, rows: int, width: int, std: float = 0.02) -> nnx.Param[Array]:
+    """A table of learned vectors [rows width], at the start normal with standard deviation `std`."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), (rows, width), jnp.float32))
 
 
 def embed(table: Float[Array, "v width"], token_ids: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:
     """The vectors of token ids; NaN for an id outside the vocabulary, so that it is noticed."""
     return jnp.take(table, token_ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def token_logits(tokens: Float[Array, "*shape width"], table: Float[Array, "v width"]) -> Float[Array, "*shape v"]:
+    """The table of embeddings as an output layer: inner products with its rows, in float32."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    logits = jnp.einsum("nd,vd->nv", rows, table.astype(rows.dtype), preferred_element_type=jnp.float32)
+    return logits.reshape(*tokens.shape[:-1], -1)
 
 
 def patches(

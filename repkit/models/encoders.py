@@ -1,5 +1,6 @@
 """Encoders of one modality: a vision transformer over image patches and a text transformer over tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from repkit.checks import InputError, unknown_name
+from repkit.checks import InputError, require_choice, unknown_name
 from repkit.models.embeddings import Dtype, embed, embedding, patches
 from repkit.models.layers import Block, Dense, LayerNorm, call, causal_mask, dropout, fold, padding_mask
 
@@ -74,6 +75,10 @@ class VisionConfig(TransformerConfig):
         image_size: height and width of the images, in pixels.
         patch_size: height and width of a patch; divides `image_size`.
         pooling: "mean" over the patches, or "cls", a learned token put in front of them.
+        patches: "projected" linearly, as in the reference; or "normalized", with a layer norm before and after the
+            projection and positions of the patches' own size (standard deviation 1). Projected patches of saturated
+            colours are about 50 times as large as initial positions, so that a small model without pre-training
+            may take long to learn where something is [ours].
 
     Raises:
         InputError: for a value outside these ranges.
@@ -88,6 +93,7 @@ class VisionConfig(TransformerConfig):
     image_size: int
     patch_size: int
     pooling: Literal["mean", "cls"] = "mean"
+    patches: Literal["projected", "normalized"] = "projected"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +103,8 @@ class VisionConfig(TransformerConfig):
                 "image_size must be a multiple of patch_size, "
                 f"got image_size={self.image_size}, patch_size={self.patch_size}"
             )
-        if self.pooling not in ("mean", "cls"):
-            raise unknown_name("pooling", self.pooling, ("mean", "cls"))
+        require_choice("pooling", self.pooling, ("mean", "cls"))
+        require_choice("patches", self.patches, ("projected", "normalized"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,36 +144,31 @@ CLIP_TEXT_B = TextConfig(vocabulary_size=49408, max_length=77, width=512, depth=
 
 
 class Transformer(nnx.Module):
-    """Dropout, `depth` pre-norm blocks and a final norm over embedded tokens."""
+    """Dropout, `depth` pre-norm blocks and a final norm over embedded tokens.
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    Args:
+        config: the blocks.
+        block: their class, `repkit.models.layers.Block` or one that is made alike.
+        rngs: source of the initial parameters.
+    """
+
+    def __init__(self, config: TransformerConfig, *, block: Callable[..., nnx.Module] = Block, rngs: nnx.Rngs):
         self.dropout = config.dropout
         self.remat = config.remat
+        sizes = config.width, config.heads, config.mlp_ratio * config.width
         self.blocks = nnx.List(
-            [
-                Block(
-                    config.width,
-                    config.heads,
-                    config.mlp_ratio * config.width,
-                    dropout=config.dropout,
-                    dtype=config.dtype,
-                    rngs=rngs,
-                )
-                for _ in range(config.depth)
-            ]
+            [block(*sizes, dropout=config.dropout, dtype=config.dtype, rngs=rngs) for _ in range(config.depth)]
         )
         self.norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
 
     def transform(
-        self,
-        tokens: Float[Array, "b n width"],
-        mask: Bool[Array, "#b #heads #n #n"] | None,
-        key: Key[Array, ""] | None,
+        self, tokens: Float[Array, "b n width"], *given: Array | None, key: Key[Array, ""] | None
     ) -> Float[Array, "b n width"]:
+        """The tokens after all blocks, each of which is called with them, what is `given`, and a key of its own."""
         tokens = dropout(tokens, self.dropout, fold(key, len(self.blocks)))
         run = nnx.remat(call) if self.remat else call
         for index, block in enumerate(self.blocks):
-            tokens = run(block, tokens, mask, fold(key, index))
+            tokens = run(block, tokens, *given, fold(key, index))
         return self.norm(tokens)
 
 
@@ -184,9 +185,14 @@ class VisionTransformer(Transformer):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.config = config
-        patch_count = (config.image_size // config.patch_size) ** 2
-        self.patch_embedding = Dense(3 * config.patch_size**2, config.width, dtype=config.dtype, rngs=rngs)
-        self.positions = embedding(rngs, patch_count + (config.pooling == "cls"), config.width)
+        patch_count, pixels = (config.image_size // config.patch_size) ** 2, 3 * config.patch_size**2
+        self.patch_embedding = Dense(pixels, config.width, dtype=config.dtype, rngs=rngs)
+        position_std = 0.02
+        if config.patches == "normalized":
+            self.patch_norm = LayerNorm(pixels, dtype=config.dtype, rngs=rngs)
+            self.patch_embedding_norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
+            position_std = 1.0
+        self.positions = embedding(rngs, patch_count + (config.pooling == "cls"), config.width, position_std)
         if config.pooling == "cls":
             self.cls = embedding(rngs, 1, config.width)
 
@@ -200,11 +206,15 @@ class VisionTransformer(Transformer):
         Raises:
             InputError: for images of another shape or dtype.
         """
-        tokens = self.patch_embedding(patches(image, self.config.image_size, self.config.patch_size, self.config.dtype))
+        pixels = patches(image, self.config.image_size, self.config.patch_size, self.config.dtype)
+        if self.config.patches == "normalized":
+            tokens = self.patch_embedding_norm(self.patch_embedding(self.patch_norm(pixels)))
+        else:
+            tokens = self.patch_embedding(pixels)
         if self.config.pooling == "cls":
             cls = jnp.broadcast_to(self.cls[...].astype(tokens.dtype), (len(tokens), 1, self.config.width))
             tokens = jnp.concatenate([cls, tokens], axis=1)
-        tokens = self.transform(tokens + self.positions[...].astype(tokens.dtype), None, key)
+        tokens = self.transform(tokens + self.positions[...].astype(tokens.dtype), None, key=key)
         pooled = tokens[:, 0].astype(jnp.float32) if self.config.pooling == "cls" else tokens.mean(1, dtype=jnp.float32)
         return Encoded(pooled, tokens)
 
@@ -250,13 +260,14 @@ class TextTransformer(Transformer):
         mask = padding_mask(token_mask)
         if self.config.causal:
             mask = mask & causal_mask(length)
-        tokens = self.transform(tokens, mask, key)
-        return Encoded(_pool(tokens, token_mask, self.config.pooling), tokens)
+        tokens = self.transform(tokens, mask, key=key)
+        return Encoded(pool(tokens, token_mask, self.config.pooling), tokens)
 
 
-def _pool(
+def pool(
     tokens: Float[Array, "b l width"], token_mask: Bool[Array, "b l"], pooling: Literal["mean", "eos", "cls"]
 ) -> Float[Array, "b width"]:
+    """One float32 vector for each text; zero for one without any real token."""
     if pooling == "mean":
         pooled = token_mask
     elif pooling == "cls":
