@@ -21,7 +21,8 @@
 | the same from relations between queries, keys or values (MiniLM) | `attention_relation_distillation` |
 | a student that predicts what its teacher predicts | `logit_distillation` |
 | a student whose hidden states are its teacher's | `hidden_state_distillation` |
-| text from a model that generates | `caption_cross_entropy` |
+| text from a model that generates, or fills in masked tokens | `caption_cross_entropy` |
+| classes | `classification_cross_entropy` |
 
 Every loss is called as `loss(arrays, ..., *, hyper-parameters, form, key, where, weights, axis_name, reduction)`; one
 with state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
@@ -40,6 +41,7 @@ from repkit.losses.attention import (
     one_to_one_attention,
 )
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
+from repkit.losses.classification import classification_cross_entropy
 from repkit.losses.contrastive import (
     decoupled_contrastive,
     global_contrastive,
@@ -75,6 +77,7 @@ __all__ = [
     "brownian_bridge",
     "brownian_bridge_path",
     "caption_cross_entropy",
+    "classification_cross_entropy",
     "decoupled_contrastive",
     "feature_separation",
     "gamma_contrastive",

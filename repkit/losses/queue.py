@@ -194,11 +194,11 @@ def queue_contrastive(
     scale = varying(jnp.asarray(logit_scale, jnp.promote_types(dtype, jnp.float32)), axis_name)
     compute = _plain_rows if form == "plain" else _blocked_rows
 
-    def direction(anchors: Array, *teacher: Array) -> _Rows:
-        embeds = [x.astype(dtype) for x in (anchors, *teacher)]
+    def direction(anchors: Array, teacher: Array, own: Array, stored: Array) -> _Rows:
+        anchors, teacher, own, stored = (x.astype(dtype) for x in (anchors, teacher, own, stored))
         share = jnp.asarray(target_share, scale.dtype)
-        fixed = _Fixed(*embeds[1:], valid, identity, queue.labels, queue.filled, share)
-        anchors, fixed = jax.tree.map(lambda x: varying(x, axis_name), (embeds[0], fixed))
+        fixed = _Fixed(teacher, own, stored, valid, identity, queue.labels, queue.filled, share)
+        anchors, fixed = jax.tree.map(lambda x: varying(x, axis_name), (anchors, fixed))
         return compute(static, anchors, scale, fixed)
 
     both = (

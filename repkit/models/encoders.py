@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
         self.dropout = config.dropout
         self.remat = config.remat
         sizes = config.width, config.heads, config.mlp_ratio * config.width
-        self.blocks = nnx.List(
+        self.blocks: nnx.List[Any] = nnx.List(
             [block(*sizes, dropout=config.dropout, dtype=config.dtype, rngs=rngs) for _ in range(config.depth)]
         )
         self.norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)

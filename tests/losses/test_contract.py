@@ -262,6 +262,17 @@ def caption_reference(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
     return distillation_reference.caption_cross_entropy(**now)
 
 
+# One class is unknown.
+CLASSES = np.where(np.arange(B) == 4, -1, TOKEN_IDS[:, 0]).astype(np.int32)
+
+
+def class_reference(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+    labels = np.asarray(now["labels"])
+    texts = {"logits": now["logits"][:, None], "token_ids": labels[:, None], "token_mask": labels[:, None] >= 0}
+    others = {name: value for name, value in now.items() if name not in ("logits", "labels")}
+    return distillation_reference.caption_cross_entropy(**texts, **others)
+
+
 def state_projection() -> jax.Array:
     return jnp.asarray(np.random.default_rng(16).normal(size=(D, D)))
 
@@ -678,6 +689,15 @@ CASES = {
         scalars={"label_smoothing": 0.2},
         rows={"token_ids": TOKEN_IDS},
         positional_rows=("token_ids",),
+    ),
+    "classification_cross_entropy": Case(
+        losses.classification_cross_entropy,
+        {"logits": ()},
+        class_reference,
+        scalars={"label_smoothing": 0.2},
+        rows={"labels": CLASSES},
+        positional_rows=("labels",),
+        mistakes=(({"label_smoothing": -0.5}, "expected label_smoothing >= 0 and <= 1"),),
     ),
 }
 # Where a test is about a loss and not about its options, the first case of each loss stands for it: one that draws, if
