@@ -697,6 +697,7 @@ CASES = {
         scalars={"label_smoothing": 0.2},
         rows={"labels": CLASSES},
         positional_rows=("labels",),
+        own_widths=True,
         mistakes=(({"label_smoothing": -0.5}, "expected label_smoothing >= 0 and <= 1"),),
     ),
 }
