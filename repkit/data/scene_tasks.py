@@ -42,7 +42,8 @@ def scene_captions(digits: Digits, background: str) -> tuple[str, ...]:
     ordered = sorted(digits, key=lambda placed: placed.cell)
     *first, last = [f"a {placed.phrase} at the {PLACES[placed.cell]}" for placed in ordered]
     listed = f"{', '.join(first)} and {last}"
-    chain = _chain(ordered)
+    chain = relation_chain(ordered)
+    assert chain is not None, "the scene's digits are related to one another"
     return (
         f"{listed} on {background}",
         f"on {background} {listed}",
@@ -51,13 +52,17 @@ def scene_captions(digits: Digits, background: str) -> tuple[str, ...]:
     )
 
 
-def _chain(ordered: Sequence[PlacedDigit]) -> Sequence[PlacedDigit]:
-    """The first order, counted from reading order, in which each digit shares a row or a column with the one before."""
-    return next(
+def relation_chain(ordered: Sequence[PlacedDigit]) -> Sequence[PlacedDigit] | None:
+    """The first order, counted from the given one, in which each digit shares a row or a column with the one before.
+
+    None where there is no such order.
+    """
+    chains = (
         chain
         for chain in itertools.permutations(ordered)
         if all(cell_relation(a.cell, b.cell) is not None for a, b in itertools.pairwise(chain))
     )
+    return next(chains, None)
 
 
 TASKS: Mapping[str, Callable[..., Iterator[TaskExample]]] = {
