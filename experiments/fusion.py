@@ -21,13 +21,22 @@ import numpy as np
 
 from repkit import losses
 from repkit.checks import InputError
+from repkit.data.class_sources import (
+    ClassSource,
+    all_class_texts,
+    common_answers,
+    questions_as_classes,
+    scene_class_source,
+)
 from repkit.data.images import load_image
-from repkit.data.pipeline import Batches, caption_table, make_batches, make_sequence_batches
+from repkit.data.pipeline import Batches, caption_table, make_batches, make_class_batches, make_sequence_batches
+from repkit.data.scene_classes import CLASS_TASKS
 from repkit.data.scene_demands import TASK_IMAGE_SIZE
 from repkit.data.scenes import IMAGE_SIZES
 from repkit.data.sequence_sources import SequenceSource, scene_task_source
 from repkit.data.sources import Record, Source, digit_scenes_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from repkit.evaluate.classification import class_logits, evaluate_classes
 from repkit.evaluate.embed import embed, token_batches
 from repkit.evaluate.generation import evaluate_answers, evaluate_captions, generate_texts
 from repkit.evaluate.reranking import evaluate_reranked_retrieval, matching_judge
@@ -41,7 +50,7 @@ from repkit.train.config import TrainConfig
 from repkit.train.teacher import MomentumTeacher
 from repkit.trained import load_run
 
-Stage = Literal["pretrain", "retrieval", "questions", "captions"]
+Stage = Literal["pretrain", "retrieval", "questions", "captions", "assignment", "statements", "entailment"]
 Scenes = Literal["captions", "pairs"]
 Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consistency"]
 
@@ -60,7 +69,8 @@ MAIN_METRIC: dict[str, str] = {
     "retrieval": "retrieval/text_to_image/R@1",
     "questions": "questions/vqa_accuracy",
     "captions": "captions/cider_d",
-}
+} | {stage: f"{stage}/accuracy" for stage in CLASS_TASKS}
+MOST_ANSWERS = 256
 REPLACED = ("class_head",)
 """Parts whose parameters are new where those to start from have another shape."""
 
@@ -103,8 +113,10 @@ class Config:
 
     Attributes:
         stage: `pretrain` (contrast, matching, masked tokens), or what is learned from there: `retrieval` (contrast and
-            matching), `questions` (answers that are generated) and `captions`.
+            matching), `questions`, `captions`, `assignment` (which of two images a text belongs to, or neither; from
+            which the next one may start), `statements` (about two images, true or false) and `entailment`.
         start: run directory of a model of the same shapes whose parameters are the initial ones; none for random ones.
+        answers: whether the answers of `questions` are generated, or are classes.
         scenes: whose captions `pretrain` and `retrieval` learn: those of the caption task, of 24 x 24 pixels as the
             other tasks have them, or the pairs of 32 x 32 that the two-tower recipe knows.
         image_size: height and width that images are brought to; none for their own, or that of the start.
@@ -119,6 +131,7 @@ class Config:
 
     stage: Stage = "pretrain"
     start: str | None = None
+    answers: Literal["generated", "classified"] = "generated"
     scenes: Scenes = "captions"
     image_size: int | None = None
     regularizers: tuple[Regularizer, ...] = ()
@@ -161,7 +174,8 @@ def build(config: Config, directory: Path) -> Experiment:
     _check(config)
     language = _language(config, directory)
     model = _model(config, language.tokenizer)
-    stage = _matched(config, language, model) if config.stage in MATCHED else _generated(config, language, model)
+    make_stage = _matched if config.stage in MATCHED else _generated if _is_generated(config) else _classified
+    stage = make_stage(config, language, model)
 
     def validate(params: Any) -> dict[str, float]:
         metrics = stage.validate(params)
@@ -184,6 +198,10 @@ def build(config: Config, directory: Path) -> Experiment:
         save=language.save,
         teacher=(lambda: MomentumTeacher(model.forward)) if config.stage in MATCHED else None,
     )
+
+
+def _is_generated(config: Config) -> bool:
+    return config.stage == "captions" or (config.stage == "questions" and config.answers == "generated")
 
 
 def _check(config: Config) -> None:
@@ -249,6 +267,17 @@ def _sequences(config: Config, split: str) -> SequenceSource:
     return scene_task_source(config.stage, _split(config, split), config.directory)
 
 
+@functools.cache
+def _answers(split: str, directory: str | None) -> list[str]:
+    return common_answers(scene_task_source("questions", split, directory), count=MOST_ANSWERS)
+
+
+def _classes(config: Config, split: str) -> ClassSource:
+    if config.stage == "questions":
+        return questions_as_classes(_sequences(config, split), _answers(_split(config, "train"), config.directory))
+    return scene_class_source(config.stage, _split(config, split), config.directory)
+
+
 def _image_size(config: Config) -> int:
     if config.image_size is not None:
         return config.image_size
@@ -296,6 +325,8 @@ def _texts(config: Config) -> tuple[set[str], set[str]]:
     if config.stage in MATCHED:
         pairs = _pairs(config, "train")
         return {caption for index in range(len(pairs)) for caption in pairs.captions(index)}, set()
+    if config.stage in CLASS_TASKS:
+        return set(all_class_texts(_classes(config, "train"))), set()
     source = _sequences(config, "train")
     texts = [source.texts(index) for index in range(len(source))]
     return {text.source for text in texts}, {target for text in texts for target in text.targets}
@@ -306,7 +337,8 @@ def _texts(config: Config) -> tuple[set[str], set[str]]:
 
 
 def _model(config: Config, tokenizer: Tokenizer) -> FusionModel:
-    model, generates = config.model, config.stage in GENERATED
+    model, generates = config.model, _is_generated(config)
+    task = None if generates or config.stage in MATCHED else _classes(config, "train")
     shared = {"width": model.width, "heads": model.heads, "dropout": model.dropout, "dtype": model.dtype}
     return fusion(
         FusionConfig(
@@ -329,6 +361,8 @@ def _model(config: Config, tokenizer: Tokenizer) -> FusionModel:
             depth=model.fusion_depth,
             matching=config.stage in MATCHED,
             mask_rate=model.mask_rate if config.stage == "pretrain" else 0.0,
+            classes=0 if task is None else len(task.class_names),
+            images=1 if task is None else task.pictures,
             decoder_depth=model.decoder_depth if generates else 0,
             max_target_length=MOST_TOKENS if generates else 0,
             begin_id=tokenizer.bos_id,
@@ -383,7 +417,10 @@ LABELS = {"labels": "batch.caption_id"}  # equal captions describe each other's 
 
 
 def _objective(config: Config) -> Objective:
-    if config.stage in GENERATED:
+    if config.stage not in MATCHED and not _is_generated(config):
+        head = ("outputs.classes.logits", "batch.label")
+        return Objective({"task": Term(losses.classification_cross_entropy, head)})
+    if config.stage not in MATCHED:
         mask = {"token_mask": "batch.target_mask"}
         return Objective(
             {"task": Term(losses.caption_cross_entropy, ("outputs.logits", "batch.target_ids"), keywords=mask)}
@@ -540,6 +577,32 @@ def _generated(config: Config, language: _Language, model: FusionModel) -> _Stag
 
     return _StageParts(
         lambda: batches(_sequences(config, "train"), training=True),
+        lambda params: metrics(params, "validation"),
+        lambda params: metrics(params, "test"),
+    )
+
+
+def _classified(config: Config, language: _Language, model: FusionModel) -> _StageParts:
+    """Classes of one image or two with a text; answers are measured as texts."""
+    tokenizer, (max_length, _) = language.tokenizer, language.longest[config.stage]
+
+    def batches(source: ClassSource, *, training: bool) -> Batches:
+        options = _batch_options(config, training=training)
+        return make_class_batches(source, tokenizer=tokenizer, max_length=max_length, **options)
+
+    def metrics(params: Any, split: str) -> dict[str, dict[str, float]]:
+        source = _classes(config, split)
+        with batches(source, training=False) as rows:
+            classes = class_logits(model.forward, params, rows)
+        if config.stage == "questions":
+            answers = [source.class_names[place] for place in classes.logits.argmax(axis=1)]
+            texts = dict(zip(classes.example_id.tolist(), answers, strict=True))
+            return {"questions": evaluate_answers(texts, _References(config, _sequences(config, split), tokenizer))}
+        forms = [source[int(index)].get("form", "") for index in classes.example_id]
+        return {config.stage: evaluate_classes(classes, forms)}
+
+    return _StageParts(
+        lambda: batches(_classes(config, "train"), training=True),
         lambda params: metrics(params, "validation"),
         lambda params: metrics(params, "test"),
     )
