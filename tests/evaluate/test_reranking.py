@@ -65,5 +65,5 @@ def test_the_matching_head_judges_the_pairs_asked_for_in_batches():
 def test_wrong_arguments_are_refused():
     with pytest.raises(InputError, match="candidates >= 1"):
         evaluate_reranked_retrieval(*EMBEDS, belong, **IDS, candidates=0)
-    with pytest.raises(InputError, match="scores, one each"):
+    with pytest.raises(InputError, match="one for each pair"):
         evaluate_reranked_retrieval(*EMBEDS, lambda images, texts: np.zeros(1), **IDS)

@@ -393,11 +393,9 @@ CASES = {
             ({"memory_axis_name": "data"}, "expected memory_axis_name to be None or axis_name=None, got 'data'"),
         ),
     ),
-    "queue_contrastive, hard targets, without labels": Case(**queue_case(size=21, target_share=0.0)),
-    "queue_contrastive, in odd blocks": Case(
-        **queue_case(form=losses.Blocks(5, exchange="gather")), rows={"labels": LABELS}
+    "queue_contrastive, hard targets, without labels, in odd blocks": Case(
+        **queue_case(size=21, target_share=0.0, form=losses.Blocks(5, exchange="gather"))
     ),
-    "queue_contrastive, without a queue": Case(**queue_case(size=0)),
     "queue_contrastive, plain": Case(**queue_case(size=21, form="plain"), rows={"labels": LABELS}),
     "gamma_contrastive": Case(
         losses.gamma_contrastive,
