@@ -11,6 +11,9 @@ from repkit import losses
 from repkit.numerics import normalize
 
 B, D = 6, 4
+
+# These programs run a few times on tiny arrays: compiling is all they cost.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LABELS = jnp.array([0, 1, 2, 1, 4, 5])
 
 
@@ -47,9 +50,9 @@ def test_an_empty_queue_and_hard_targets_are_info_nce_against_the_teacher(labels
             form=form,
         )[0]
 
-    wanted = jax.jit(jax.value_and_grad(expected, argnums=(0, 1, 2)))(images, texts, 5.0)
+    wanted = jit(jax.value_and_grad(expected, argnums=(0, 1, 2)))(images, texts, 5.0)
     for size in (0, 3):
-        got = jax.jit(jax.value_and_grad(functools.partial(ours, size=size), argnums=(0, 1, 2)))(images, texts, 5.0)
+        got = jit(jax.value_and_grad(functools.partial(ours, size=size), argnums=(0, 1, 2)))(images, texts, 5.0)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), got, wanted)
 
 
@@ -65,7 +68,7 @@ def test_a_student_that_says_what_its_teacher_says_is_at_rest():
             images, texts, fixed[0], fixed[1], logit_scale=5.0, memory=memory, target_share=share
         )[0]
 
-    gradients = [np.abs(jax.jit(jax.grad(loss))(images, share)).max() for share in (1.0, 0.5)]
+    gradients = [np.abs(jit(jax.grad(loss))(images, share)).max() for share in (1.0, 0.5)]
     assert gradients[0] < 1e-6 < gradients[1]
 
 
@@ -84,7 +87,7 @@ def test_the_loss_keeps_its_digits_as_it_tends_to_zero():
             )[0]
 
         exact, low = (
-            jax.value_and_grad(functools.partial(loss, dtype=dtype))(jnp.asarray(rows, dtype))
+            jax.device_get(jit(jax.value_and_grad(functools.partial(loss, dtype=dtype)))(jnp.asarray(rows, dtype)))
             for dtype in (jnp.float64, jnp.float32)
         )
     assert 0 < exact[0] < 1e-16
@@ -100,10 +103,10 @@ def test_forward_mode_gives_the_gradient():
             *arrays, logit_scale=scale, memory=losses.init_queue(4, D), target_share=0.4, labels=LABELS
         )[0]
 
-    np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(3.0), jax.jit(jax.grad(loss))(3.0), rtol=1e-5)
+    np.testing.assert_allclose(jit(jax.jacfwd(loss))(3.0), jit(jax.grad(loss))(3.0), rtol=1e-5)
 
 
-@jax.jit
+@jit
 def enqueue(memory, arrays, labels, where):
     options = {"logit_scale": 1.0, "target_share": 0.4, "labels": labels, "where": where}
     return losses.queue_contrastive(*arrays, memory=memory, **options)[1]
@@ -135,9 +138,11 @@ def test_of_more_rows_than_places_the_last_are_kept():
 
 def test_a_hard_target_is_reported_beside_soft_ones():
     arrays = pairs()
-    values = [
-        losses.queue_contrastive(*arrays, logit_scale=3.0, memory=losses.init_queue(4, D), target_share=share)
-        for share in (0.0, 0.7)
-    ]
+
+    @jit
+    def loss(share):
+        return losses.queue_contrastive(*arrays, logit_scale=3.0, memory=losses.init_queue(4, D), target_share=share)
+
+    values = [loss(share) for share in (0.0, 0.7)]
     assert float(values[0][0]) == pytest.approx(float(values[1][1].diagnostics["hard_cross_entropy"]), rel=1e-6)
     assert float(values[0][0]) != pytest.approx(float(values[1][0]), rel=1e-3)
