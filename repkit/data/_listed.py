@@ -57,7 +57,7 @@ class ListedExamples(Generic[Content]):
             raise InputError(f"{path}: the data set is empty")
         listed = len(self.entries)
         names = {image for entry in self.entries for image in entry.images}
-        there = {image for image in names if (image_root / image).is_file()}
+        there = {image for image in names if os.path.isfile(image_root / image)}
         if len(there) < len(names):
             entry, image = next((e, image) for e in self.entries for image in e.images if image not in there)
             absent = f"{self._at(entry)}: cannot read image {image!r}: No such file"

@@ -6,7 +6,7 @@ Images, index and `where` are the same for all and belong to the pipeline.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int32, UInt8
 from repkit.data._draws import (
     IMAGE_AUGMENTATION,
     TEXT_AUGMENTATION,
+    commonest_texts,
     drawn_texts,
     first_texts,
     generator_at,
@@ -27,6 +28,9 @@ from repkit.data.tokenizer import Tokenizer
 
 Content = TypeVar("Content")
 
+Targets = Literal["drawn", "commonest"]
+"""Which of an example's target texts is trained on: another one each time, or always the most frequent."""
+
 
 class Read(NamedTuple):
     """An example as it was read: its encoded images by the names of their columns, and where it comes from in words."""
@@ -38,8 +42,10 @@ class Read(NamedTuple):
 class Rows(Protocol[Content]):
     """How the examples of a source become columns of a batch. `Content` is what an example holds beside its images."""
 
-    image_names: Sequence[str]
-    """The columns that hold images."""
+    @property
+    def image_names(self) -> Sequence[str]:
+        """The columns that hold images."""
+        ...
 
     def __len__(self) -> int:
         """Examples of the source."""
@@ -145,6 +151,7 @@ class SequenceRows:
         tokenizer: Tokenizer,
         max_source_length: int,
         max_target_length: int,
+        targets: Targets,
         seed: int,
         repeat: bool,
     ):
@@ -152,6 +159,7 @@ class SequenceRows:
         self._tokenizer = tokenizer
         self._max_source_length = max_source_length
         self._max_target_length = max_target_length
+        self._targets = targets
         self._seed = seed
         self._repeat = repeat
 
@@ -171,8 +179,7 @@ class SequenceRows:
         self, contents: Sequence[Texts], images: Mapping[str, UInt8[np.ndarray, "b s s 3"]], position: int
     ) -> dict[str, np.ndarray]:
         rows = len(images["image"])
-        groups = [texts.targets for texts in contents]
-        targets = drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
+        targets = self._chosen([texts.targets for texts in contents], position)
         sources = [texts.source for texts in contents]
         sources, targets = _filled_texts(sources, rows), _filled_texts(targets, rows)
         source_ids, source_mask = self._tokenizer.encode(sources, self._max_source_length)
@@ -183,6 +190,11 @@ class SequenceRows:
             "target_ids": target_ids,
             "target_mask": target_mask,
         }
+
+    def _chosen(self, groups: Sequence[Sequence[str]], position: int) -> list[str]:
+        if self._targets == "commonest":
+            return commonest_texts(groups)
+        return drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
 
 
 class ClassRows:
@@ -199,7 +211,7 @@ class ClassRows:
 
     def read(self, index: int) -> tuple[Read, LabelledText]:
         record = self._source[index]
-        images = {name: record[name] for name in self.image_names}
+        images = {name: cast(Mapping[str, Any], record)[name] for name in self.image_names}
         return Read(images, record["origin"]), LabelledText(record["text"], record["label"])
 
     def content(self, index: int) -> LabelledText:

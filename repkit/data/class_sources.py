@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 
 from repkit.checks import InputError, unknown_name
+from repkit.data._draws import commonest_texts
 from repkit.data._listed import ListedExamples
 from repkit.data._tfds import TfdsSplit, decoded_text
 from repkit.data.scene_classes import CLASS_TASKS
@@ -52,8 +53,11 @@ class LabelledText(NamedTuple):
 class ClassSource(Protocol):
     """Random access to records. `pictures` is how many images each has: 1 or 2."""
 
-    class_names: Sequence[str]
-    pictures: int
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+    @property
+    def pictures(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -243,6 +247,4 @@ class QuestionClassSource:
 
 
 def _majority(answers: Sequence[str], normalize: Callable[[str], str]) -> str:
-    """The most frequent answer, the first of them where several are as frequent; the empty one where there is none."""
-    counts = collections.Counter(normalize(answer) for answer in answers)
-    return max(counts, key=counts.__getitem__, default="")
+    return commonest_texts([[normalize(answer) for answer in answers]])[0]

@@ -9,14 +9,14 @@ number of processes, and one number, the position, says where a run stands.
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from repkit.checks import InputError
+from repkit.checks import InputError, require_choice
 from repkit.data._draws import shuffled_order
-from repkit.data._rows import ClassRows, Content, PairRows, Rows, SequenceRows, caption_hash, filled_column
+from repkit.data._rows import ClassRows, Content, PairRows, Rows, SequenceRows, Targets, caption_hash, filled_column
 from repkit.data.augment import Augmentation
 from repkit.data.class_sources import ClassSource
 from repkit.data.images import CorruptExampleError, load_image
@@ -153,6 +153,7 @@ def make_sequence_batches(
     shuffle: bool,
     seed: int,
     repeat: bool,
+    targets: Targets = "drawn",
     process_index: int | None = None,
     process_count: int | None = None,
     max_corrupt_share: float = 0.01,
@@ -171,9 +172,11 @@ def make_sequence_batches(
             does not generate, is left out.
         shuffle: as for `make_batches`.
         seed: of the order and of the choice among several target texts; from 0.
-        repeat: True, for training: endless, with a random one of an example's target texts each time, so that it meets
-            answers as often as they were given. False, for evaluation: one epoch, each example once with its first
-            target text, the last batch filled up (the source has all target texts).
+        repeat: True, for training: endless. False, for evaluation: one epoch, each example once, the last batch filled
+            up (the source has all target texts).
+        targets: "drawn" gives a random one of an example's target texts each time, so that it meets answers as often as
+            they were given, and without `repeat` the first. "commonest" always gives the most frequent one, the first
+            of those: then an example is the same in every epoch, as a cache of a teacher's outputs needs it.
         process_index: as for `make_batches`.
         process_count: as for `make_batches`.
         max_corrupt_share: as for `make_batches`.
@@ -192,11 +195,13 @@ def make_sequence_batches(
         raise InputError(f"expected max_source_length of at least 3 (begin, one token, end), got {max_source_length}")
     if max_target_length < 2:
         raise InputError(f"expected max_target_length of at least 2 (one token, end), got {max_target_length}")
+    require_choice("targets", targets, get_args(Targets))
     rows = SequenceRows(
         source,
         tokenizer=tokenizer,
         max_source_length=max_source_length,
         max_target_length=max_target_length,
+        targets=targets,
         seed=seed,
         repeat=repeat,
     )

@@ -8,11 +8,11 @@ of the scenes.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from repkit.data.scene_demands import TASK_IMAGE_SIZE, ClassExample, Digits, Wanted, draw_scene, pick, pick_two
+from repkit.data.scene_demands import TASK_IMAGE_SIZE, ClassExample, Digits, draw_scene, pick, pick_two
 from repkit.data.scene_tasks import relation_chain, scene_captions
 from repkit.data.scenes import DIGIT_NAMES, PLACES, Composer, Scene, Strokes, colours_on
 
@@ -35,14 +35,22 @@ def _assignments(composer: Composer, rng: np.random.Generator) -> Iterator[Class
             yield ClassExample((scenes[0], scenes[1]), text, class_name, "caption")
 
 
+class _Kind(NamedTuple):
+    """A digit but for its handwriting."""
+
+    digit: int
+    colour: str
+    cell: tuple[int, int]
+
+
 def _alike_scenes(composer: Composer, rng: np.random.Generator) -> list[Scene]:
     """A scene and two variations of it, no two of which hold the same."""
     first = draw_scene(composer, [], rng, holds=lambda digits: relation_chain(digits) is not None)
-    held = [[Wanted(placed.digit, placed.colour, placed.cell) for placed in first.digits]]
+    held = [[_Kind(placed.digit, placed.colour, placed.cell) for placed in first.digits]]
     scenes = [first]
     while len(scenes) < 3:
         varied = pick(VARIATIONS, rng)(held[0], first.background, rng)
-        digits = tuple(composer.place(digit, colour, cell) for digit, colour, cell in varied)
+        digits = tuple(composer.place(*kind) for kind in varied)
         is_scene = len(_phrases(digits)) == len(digits) and relation_chain(digits) is not None
         if is_scene and set(varied) not in map(set, held):
             scenes.append(Scene(composer.draw(digits, first.background), (), first.background, digits))
@@ -54,29 +62,27 @@ def _phrases(digits: Digits) -> frozenset[str]:
     return frozenset(placed.phrase for placed in digits)
 
 
-def _other_digit(digits: Sequence[Wanted], background: str, rng: np.random.Generator) -> list[Wanted]:
+def _other_digit(digits: Sequence[_Kind], background: str, rng: np.random.Generator) -> list[_Kind]:
     del background
     return _with_one_changed(digits, rng, {"digit": int(rng.integers(len(DIGIT_NAMES)))})
 
 
-def _other_colour(digits: Sequence[Wanted], background: str, rng: np.random.Generator) -> list[Wanted]:
+def _other_colour(digits: Sequence[_Kind], background: str, rng: np.random.Generator) -> list[_Kind]:
     return _with_one_changed(digits, rng, {"colour": pick(colours_on(background), rng)})
 
 
-def _other_place(digits: Sequence[Wanted], background: str, rng: np.random.Generator) -> list[Wanted]:
+def _other_place(digits: Sequence[_Kind], background: str, rng: np.random.Generator) -> list[_Kind]:
     del background
     taken = {digit.cell for digit in digits}
     return _with_one_changed(digits, rng, {"cell": pick([cell for cell in PLACES if cell not in taken], rng)})
 
 
-def _with_one_changed(
-    digits: Sequence[Wanted], rng: np.random.Generator, properties: Mapping[str, Any]
-) -> list[Wanted]:
+def _with_one_changed(digits: Sequence[_Kind], rng: np.random.Generator, properties: Mapping[str, Any]) -> list[_Kind]:
     changed = int(rng.integers(len(digits)))
     return [digit._replace(**properties) if i == changed else digit for i, digit in enumerate(digits)]
 
 
-def _exchanged_colours(digits: Sequence[Wanted], background: str, rng: np.random.Generator) -> list[Wanted]:
+def _exchanged_colours(digits: Sequence[_Kind], background: str, rng: np.random.Generator) -> list[_Kind]:
     del background
     i, j = pick_two(range(len(digits)), rng)
     exchanged = list(digits)
@@ -87,7 +93,7 @@ def _exchanged_colours(digits: Sequence[Wanted], background: str, rng: np.random
     return exchanged
 
 
-VARIATIONS: Sequence[Callable[[Sequence[Wanted], str, np.random.Generator], list[Wanted]]] = (
+VARIATIONS: Sequence[Callable[[Sequence[_Kind], str, np.random.Generator], list[_Kind]]] = (
     _other_digit,
     _other_colour,
     _other_place,
