@@ -95,6 +95,7 @@ def test_the_loss_keeps_its_digits_as_it_tends_to_zero():
     np.testing.assert_allclose(low[1], exact[1], rtol=1e-4, atol=1e-20)
 
 
+@pytest.mark.slow
 def test_forward_mode_gives_the_gradient():
     arrays = pairs()
 
