@@ -314,10 +314,13 @@ def _language(config: Config, directory: Path) -> _Language:
     everything = sorted({text for sides in texts.values() for side in sides for text in side})
     tokenizer = train_tokenizer(everything, vocab_size=VOCABULARY_SIZE)
 
-    def longest(texts: set[str]) -> int:
+    def tokens_of_longest(texts: set[str]) -> int:
         return int(tokenizer.encode(sorted(texts), MOST_TOKENS)[1].sum(axis=1).max(initial=0))
 
-    return _Language(tokenizer, {stage: (longest(read), longest(written)) for stage, (read, written) in texts.items()})
+    return _Language(
+        tokenizer,
+        {stage: (tokens_of_longest(read), tokens_of_longest(written)) for stage, (read, written) in texts.items()},
+    )
 
 
 def _texts(config: Config) -> tuple[set[str], set[str]]:
@@ -512,7 +515,7 @@ def _matched(config: Config, language: _Language, model: FusionModel) -> _StageP
         readable = np.isin(captions.example_id, images["example_id"])
         rows = token_batches(captions.token_ids[readable], captions.token_mask[readable], batch_size=EVALUATION_BATCH)
         embeds = images["image_embeds"], embed(model.forward, params, rows)["text_embeds"]
-        ids = {
+        ids: dict[str, Any] = {
             "image_ids": images["example_id"],
             "text_image_ids": captions.example_id[readable],
             "caption_ids": captions.caption_id[readable],
@@ -595,7 +598,7 @@ def _classified(config: Config, language: _Language, model: FusionModel) -> _Sta
         with batches(source, training=False) as rows:
             classes = class_logits(model.forward, params, rows)
         if config.stage == "questions":
-            answers = [source.class_names[place] for place in classes.logits.argmax(axis=1)]
+            answers = [source.class_names[int(place)] for place in classes.logits.argmax(axis=1)]
             texts = dict(zip(classes.example_id.tolist(), answers, strict=True))
             return {"questions": evaluate_answers(texts, _References(config, _sequences(config, split), tokenizer))}
         forms = [source[int(index)].get("form", "") for index in classes.example_id]
