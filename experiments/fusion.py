@@ -357,6 +357,7 @@ def _model(config: Config, tokenizer: Tokenizer) -> FusionModel:
                 vocabulary_size=tokenizer.vocab_size + 1,
                 max_length=MOST_TOKENS,
                 depth=model.text_depth,
+                tokens="normalized",
                 **shared,
             ),
             embed_dim=model.embed_dim,

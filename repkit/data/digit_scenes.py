@@ -31,10 +31,6 @@ TASK_SPLIT_SIZES: Mapping[str, int] = {"train": 16384, "validation": 512, "test"
 
 SCENE_SEED = 20
 
-# In this order, because the place of a configuration is part of its seed.
-_CONFIGS = (*scenes.SCENES, *TASKS, *CLASS_TASKS)
-
-
 # Of the features of an example's first picture and of its second one.
 _PREFIXES = ("", "second_")
 
@@ -47,14 +43,15 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     and `stroke_id`, the row of the handwriting in scikit-learn's set.
 
     The texts of `single` and `pairs` are `captions`, the first of which names the digits in the order of `digits`;
-    `single` adds `label`, its digit. Those of the tasks `questions`, `captions` and `translation` are `source_text` and
-    `target_texts`; `questions` adds `question_type` and the true `answer`. The tasks `statements`, `assignment` and
-    `entailment` have a `text`, its `form` and a `label`; the first two of them also `second_image` and
+    `single` adds `label`, its digit. Those of the tasks `questions`, `captions`, `translation` and `grounding` are
+    `source_text` and `target_texts`; `questions` adds `question_type` and the true `answer`. The tasks `statements`,
+    `assignment` and `entailment` have a `text`, its `form` and a `label`; the first two of them also `second_image` and
     `second_ground_truth`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (the base class declares it as a dict)
+    # The place of a configuration is part of its seed: new ones come last.
     BUILDER_CONFIGS = [  # noqa: RUF012 (the base class declares it as a list)
         tfds.core.BuilderConfig(name="single", description="One digit: digit, colour, background and place."),
         tfds.core.BuilderConfig(name="pairs", description="Two to four digits and their relations."),
@@ -66,6 +63,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         ),
         tfds.core.BuilderConfig(name="assignment", description="Two pictures, and the caption of one or of neither."),
         tfds.core.BuilderConfig(name="entailment", description="A text that the picture entails, contradicts or not."),
+        tfds.core.BuilderConfig(name="grounding", description="What is at a place, and where something is."),
     ]
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):
@@ -117,7 +115,8 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, strokes: scenes.Strokes, count: int) -> Iterator[tuple[int, Any]]:
         config = self._config_name
-        rng = np.random.default_rng([SCENE_SEED, _CONFIGS.index(config), list(SPLIT_SIZES).index(split)])
+        place = [each.name for each in self.BUILDER_CONFIGS].index(config)
+        rng = np.random.default_rng([SCENE_SEED, place, list(SPLIT_SIZES).index(split)])
         compose = _task_examples if config in TASKS else _class_examples if config in CLASS_TASKS else _scene_examples
         yield from enumerate(compose(config, strokes, count, rng))
 

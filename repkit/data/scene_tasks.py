@@ -1,10 +1,12 @@
-"""Generation tasks on digit scenes of 24 x 24 pixels: questions, captions, and translation that needs the image.
+"""Generation tasks on digit scenes of 24 x 24 pixels: questions, captions, translation that needs the image, and
+grounding, which models are pre-trained on.
 
 | task | source text | target texts | grammar in |
 |---|---|---|---|
 | `questions` | "what is the sum of the red digit and the blue digit?" | ten annotators' answers | `scene_questions` |
 | `captions` | `CAPTION_PROMPT` | four captions | here |
 | `translation` | "a seven is left of the three" | one German sentence, with the colours | `scene_translation` |
+| `grounding` | "what is at the top left?" | a cell's digit, a digit's cell, or all cells | `scene_grounding` |
 
 Everything follows from the random state that a task is given.
 """
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from repkit.data.scene_demands import TASK_IMAGE_SIZE, Digits, TaskExample
+from repkit.data.scene_grounding import grounding
 from repkit.data.scene_questions import questions
 from repkit.data.scene_translation import translations
 from repkit.data.scenes import PLACES, PlacedDigit, Strokes, cell_relation, pairs_caption, pairs_scenes
@@ -69,5 +72,6 @@ TASKS: Mapping[str, Callable[..., Iterator[TaskExample]]] = {
     "questions": questions,
     "captions": captions,
     "translation": translations,
+    "grounding": grounding,
 }
 """Task -> composes its examples from strokes."""

@@ -61,7 +61,8 @@ def scene_task_source(task: str, split: str, data_dir: str | os.PathLike[str] | 
     """A generation task on digit scenes; composed at the first call, in some seconds, and read from disk afterwards.
 
     Args:
-        task: "questions" (ten answers each), "captions" (four each) or "translation" (English to German).
+        task: "questions" (ten answers each), "captions" (four each), "translation" (English to German) or "grounding"
+            (what is where).
         split: "train", "validation" or "test", or a part of one such as "train[:1000]".
         data_dir: folder of prepared data sets; None is TFDS's own (`~/tensorflow_datasets`, or `TFDS_DATA_DIR`).
 

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
@@ -13,9 +12,9 @@ Dtype = Literal["float32", "bfloat16"]
 """Of a model's arithmetic."""
 
 
-def embedding(rngs: nnx.Rngs, rows: int, width: int, std: float = 0.02) -> nnx.Param[Array]:
-    """A table of learned vectors [rows width], at the start normal with standard deviation `std`."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), (rows, width), jnp.float32))
+def embedding(rngs: nnx.Rngs, rows: int, width: int, *, std: float = 0.02) -> nnx.Param[Array]:
+    """A table of learned vectors [rows width], at the start normal with this standard deviation."""
+    return nnx.Param(nnx.initializers.normal(std)(rngs.params(), (rows, width), jnp.float32))
 
 
 def embed(table: Float[Array, "v width"], token_ids: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from repkit.checks import InputError, require_range
 from repkit.models.capture import NOTHING, Capture
 from repkit.models.decoder import Decoder, DecoderBlock
-from repkit.models.embeddings import embed, embedding, token_logits
+from repkit.models.embeddings import embedding, token_logits
 from repkit.models.encoders import Transformer, TransformerConfig, pool, require_positive
 from repkit.models.functional import Batch, Outputs, Params, functional, require_in_batch, restorer
 from repkit.models.generation import Generated, make_generate
@@ -130,9 +130,9 @@ class Fusion(TwoTower):
             self.class_hidden = Dense(width, width, dtype=jnp.float32, rngs=rngs)
             self.class_head = Dense(width, config.classes, dtype=jnp.float32, rngs=rngs)
         if config.images > 1:
-            self.second_image_kind = embedding(rngs, 1, width, 0.5)
+            self.second_image_kind = embedding(rngs, 1, width, std=0.5)
         if config.decoder_depth:
-            self.target_positions = embedding(rngs, config.max_target_length, width)
+            self.target_positions = self.text.table(config.max_target_length, rngs)
             self.decoder = Decoder(config.blocks(config.decoder_depth), rngs=rngs)
 
     def __call__(self, batch: Batch, *, key: Key[Array, ""] | None = None) -> Outputs:
@@ -209,7 +209,7 @@ class Fusion(TwoTower):
         own = _Pair(tokens["text"], batch["source_mask"], self._seen(tokens))
 
         def embed_at(token_ids: Int[Array, "b beams"], position: Int[Array, ""]) -> Float[Array, "b beams width"]:
-            return self._embed_target(token_ids, jax.lax.dynamic_slice_in_dim(self.target_positions[...], position, 1))
+            return self.text.embed(token_ids, jax.lax.dynamic_slice_in_dim(self.target_positions[...], position, 1))
 
         return self.decoder.search(
             *_context(own, self._fuse({"own": own}, None)["own"]),
@@ -285,12 +285,9 @@ class Fusion(TwoTower):
             )
         begin = jnp.full((len(target_ids), 1), self.config.begin_id, jnp.int32)
         shifted = jnp.concatenate([begin, target_ids[:, :-1]], axis=1)
-        tokens = self._embed_target(shifted, self.target_positions[: shifted.shape[1]])
+        tokens = self.text.embed(shifted, self.target_positions[: shifted.shape[1]])
         logits = self._token_logits(self.decoder(tokens, context, mask, key))
         return {"logits": logits, "masks": {"encoder": mask, "decoder": batch["target_mask"]}}
-
-    def _embed_target(self, token_ids: Int[Array, "b l"], added: Float[Array, "#l width"]) -> Float[Array, "b l width"]:
-        return (embed(self.text.token_embedding[...], token_ids) + added).astype(self.config.text.dtype)
 
     def _token_logits(self, tokens: Float[Array, "b l width"]) -> Float[Array, "b l v"]:
         return token_logits(tokens, self.text.token_embedding[...])

@@ -18,7 +18,7 @@ from repkit.models.masking import mask_tokens
 from repkit.objective import Objective, Term
 
 PAD, BEGIN, END, MASK, VOCABULARY = 0, 1, 2, 11, 12
-TEXT = TextConfig(vocabulary_size=VOCABULARY, max_length=6, width=16, depth=1, heads=2)
+TEXT = TextConfig(vocabulary_size=VOCABULARY, max_length=6, width=16, depth=1, heads=2, tokens="normalized")
 PRETRAINING = FusionConfig(
     image=VisionConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2, patches="normalized"),
     text=TEXT,
