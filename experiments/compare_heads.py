@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -65,7 +66,9 @@ class Study:
         without_pretraining: methods that are also run with a teacher that had no pre-training.
         seeds: of the students.
         common: settings of all runs, NAME=VALUE.
+        pretraining: settings of the model that the pre-trained teachers start from.
         teacher: settings of the teachers.
+        teacher_steps: training steps of the teachers, by task; questions take longest.
         student: settings of the students.
         workers: how many students are trained at a time.
         smoke: whether the recipe's smallest setting is taken.
@@ -78,8 +81,10 @@ class Study:
     methods: tuple[str, ...] = (*BASELINES, *OURS)
     without_pretraining: tuple[str, ...] = ("logits", "one_to_one_kl", "amad_kl")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    common: tuple[str, ...] = ("model.patch_size=8",)
-    teacher: tuple[str, ...] = ("train.steps=12000", "train.checkpoint_every=4000", "train.log_every=500")
+    common: tuple[str, ...] = ()
+    pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
+    teacher: tuple[str, ...] = ("targets=commonest", "train.checkpoint_every=1500")
+    teacher_steps: Mapping[str, int] = MappingProxyType({"questions": 6000, "captions": 3000, "translation": 3000})
     student: tuple[str, ...] = (
         "model.encoder_depth=2",
         "model.decoder_depth=1",
@@ -104,8 +109,9 @@ def smoke(study: Study) -> Study:
         methods=("one_to_one_kl", "amad_kl"),
         without_pretraining=(),
         seeds=(0, 1),
-        common=(),
+        pretraining=(),
         teacher=(),
+        teacher_steps={},
         student=(),
         smoke=True,
     )
@@ -152,7 +158,9 @@ def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> P
     start = [f"start={train_teacher(study, runs, PRETRAINING_TASK, pretrained=False)}"] if pretrained else []
     settings = {"task": task, "role": "teacher", "pretrained": pretrained}
     if settings not in runs or not (folder / "results.jsonl").exists():
-        train(study, folder, [f"task={task}", *start, *study.teacher])
+        own = study.pretraining if task == PRETRAINING_TASK else study.teacher
+        steps = [f"train.steps={study.teacher_steps[task]}"] if task in study.teacher_steps else []
+        train(study, folder, [f"task={task}", *start, *own, *steps])
         runs.run(settings, lambda: evaluate(folder))
     return folder
 

@@ -71,6 +71,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Capture = NO
     wanted = show(module, capture)
     restore = _restorer(module)
 
+    # Building a module of tracers takes a second for a few layers; jit remembers the trace for the next one who asks.
+    @jax.jit
     def init(key: Key[Array, ""]) -> Params:
         return parameters(build(nnx.Rngs(key)))
 

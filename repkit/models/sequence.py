@@ -211,8 +211,9 @@ class SequenceModel(NamedTuple):
     generate: Callable[..., Generated]
 
 
+@functools.cache
 def sequence_to_sequence(config: SequenceConfig, *, capture: Capture = NOTHING) -> SequenceModel:
-    """The encoder-decoder as pure functions.
+    """The encoder-decoder as pure functions; one and the same ones for equal arguments, so that JAX knows their traces.
 
     Args:
         config: the model.
