@@ -15,10 +15,10 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -84,15 +84,17 @@ class Study:
     common: tuple[str, ...] = ()
     pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
     teacher: tuple[str, ...] = ("targets=commonest", "train.checkpoint_every=1500")
-    teacher_steps: Mapping[str, int] = MappingProxyType({"questions": 6000, "captions": 3000, "translation": 3000})
+    teacher_steps: Mapping[str, int] = field(
+        default_factory=lambda: {"questions": 7000, "captions": 1500, "translation": 1500}
+    )
     student: tuple[str, ...] = (
         "model.encoder_depth=2",
         "model.decoder_depth=1",
         "model.width=64",
         "examples=4096",
-        "train.steps=1500",
-        "train.checkpoint_every=1500",
-        "train.log_every=500",
+        "train.steps=400",
+        "train.checkpoint_every=400",
+        "train.learning_rate=2e-3",
     )
     workers: int = 1
     smoke: bool = False
@@ -117,26 +119,32 @@ def smoke(study: Study) -> Study:
     )
 
 
-def student_settings(study: Study) -> Iterator[dict[str, Any]]:
-    """The runs of the study, those of one seed after those of another, so that a part of it is a study too."""
+def student_settings(study: Study, *, pretrained: bool) -> Iterator[dict[str, Any]]:
+    """The students of teachers with or without pre-training, those of one seed after those of another, so that a part
+    of the study is a study too."""
     for seed in study.seeds:
         for task in study.tasks:
             for heads in study.heads:
-                for pretrained in (True, False):
-                    for method in study.methods if pretrained else study.without_pretraining:
-                        yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
+                for method in study.methods if pretrained else study.without_pretraining:
+                    yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
 
 
 def run_all(study: Study, minutes: float) -> bool:
     """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
     _keep_programs(study.work / "programs")
+    end = time.monotonic() + 60 * minutes
     runs = Runs(study.results / "runs.jsonl")
-    students = list(student_settings(study))
-    teachers = {(each["task"], each["pretrained"]): None for each in students if each not in runs}
-    for task, pretrained in teachers:
-        train_teacher(study, runs, task, pretrained=pretrained)
     make = functools.partial(train_student, study)
-    return run_missing(runs, students, make, workers=study.workers, minutes=minutes, tell=_tell)
+    for pretrained in (True, False):
+        students = list(student_settings(study, pretrained=pretrained))
+        for task in dict.fromkeys(each["task"] for each in students if each not in runs):
+            if time.monotonic() > end:
+                return False
+            train_teacher(study, runs, task, pretrained=pretrained)
+        left = (end - time.monotonic()) / 60
+        if not run_missing(runs, students, make, workers=study.workers, minutes=left, tell=_tell):
+            return False
+    return True
 
 
 def _keep_programs(folder: Path) -> None:
@@ -307,7 +315,7 @@ def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, flo
 def _draw_alignment(study: Study, runs: Runs) -> None:
     """Draws the heads of the first seed's students beside the teacher's, without and with alignment."""
     for method in ("none", "one_to_one_kl", "amad_kl"):
-        for settings in student_settings(study):
+        for settings in student_settings(study, pretrained=True):
             folder = student_folder(study, settings)
             if settings["method"] == method and settings in runs and (folder / "checkpoints").exists():
                 repkit_command(["plot", str(folder)])

@@ -39,6 +39,7 @@ from repkit.models.functional import with_learned
 from repkit.models.sequence import SequenceConfig, SequenceModel, sequence_to_sequence
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
+from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import TrainConfig
 from repkit.train.teacher import FrozenTeacher
 from repkit.train.teacher_cache import TeacherBatches, TeacherCache, data_identity, open_cache, write_cache
@@ -245,7 +246,7 @@ def build(config: Config, directory: Path) -> Experiment:
         return [path]
 
     return Experiment(
-        init=_initial(config, model),
+        init=_initial(config, model, directory),
         forward=model.forward,
         objective=objective,
         batches=training_batches,
@@ -386,8 +387,9 @@ def _model(config: Config, tokenizer: Tokenizer, capture: Capture) -> SequenceMo
     )
 
 
-def _initial(config: Config, model: SequenceModel) -> Callable[[Any], Any]:
-    if config.start is None:
+def _initial(config: Config, model: SequenceModel, directory: Path) -> Callable[[Any], Any]:
+    has_begun = CheckpointReader(RunDirectory(directory).checkpoints).latest_step() is not None
+    if config.start is None or has_begun:
         return model.init
     start = _own_params(load_run(config.start).params)
     if jax.tree.structure(start) != jax.tree.structure(_own_params(jax.eval_shape(model.init, jax.random.key(0)))):
