@@ -39,7 +39,9 @@ METRIC_TITLES = {
 PRETRAINING_TASK = "grounding"
 """What a teacher with multimodal pre-training has learned before its task."""
 
-OURS = ("amad_mse", "amad_kl", "amad_token_kl")
+OURS = ("amad_mse", "amad_kl", "amad_token_kl", "amad_mse@0.1", "amad_kl@0.1")
+"""A number behind @ is the temperature of the alignment, which is 1 in the paper."""
+
 BASELINES = ("none", "logits", "one_to_one_kl", "mean_head", "merged_head")
 TITLES = {
     "none": "no distillation",
@@ -50,6 +52,8 @@ TITLES = {
     "amad_mse": "AMAD V1",
     "amad_kl": "AMAD V2",
     "amad_token_kl": "AMAD V4",
+    "amad_mse@0.1": "AMAD V1, temperature 0.1",
+    "amad_kl@0.1": "AMAD V2, temperature 0.1",
 }
 
 
@@ -79,7 +83,7 @@ class Study:
     tasks: tuple[str, ...] = ("questions", "captions", "translation")
     heads: tuple[int, ...] = (2, 4)
     methods: tuple[str, ...] = (*BASELINES, *OURS)
-    without_pretraining: tuple[str, ...] = ("logits", "one_to_one_kl", "amad_kl")
+    without_pretraining: tuple[str, ...] = ("logits", "one_to_one_kl", "amad_kl", "amad_kl@0.1")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     common: tuple[str, ...] = ()
     pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
@@ -182,7 +186,9 @@ def train_student(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
     """Trains and evaluates a student."""
     folder = student_folder(study, settings)
     teacher = teacher_folder(study, settings["task"], pretrained=settings["pretrained"])
-    own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={settings['method']}"]
+    method, _, temperature = settings["method"].partition("@")
+    own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={method}"]
+    own += [f"distillation.alignment_temperature={temperature}"] if temperature else []
     own += [f"model.heads={settings['heads']}", f"train.seed={settings['seed']}"]
     own += [f"distillation.cache={teacher / 'said'}", "targets=commonest"]
     folder.parent.mkdir(parents=True, exist_ok=True)

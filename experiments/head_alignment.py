@@ -293,7 +293,11 @@ def _teacher_config(config: Config) -> Config:
 def _source(config: Config, split: str) -> SequenceSource:
     size = TASK_SPLIT_SIZES[split]
     part = "" if config.examples is None else f"[:{min(config.examples, size)}]"
-    return scene_task_source(config.task, split + part, config.directory)
+    return _opened(config.task, split + part, config.directory)
+
+
+# One source for all runs of a process: it keeps what it has read.
+_opened = functools.cache(scene_task_source)
 
 
 class _Language(NamedTuple):
