@@ -1,6 +1,7 @@
 """Study: how to distil a teacher of many heads into students of few, on three tasks of digit scenes.
 
     python -m experiments.compare_heads            the whole study: hours; what is finished is not made again
+    python -m experiments.compare_heads --workers 2    the same, two students at a time
     python -m experiments.compare_heads --smoke    all of its parts, tiny: some minutes
     python -m experiments.compare_heads --report   the tables and figures of what is finished
 
@@ -33,7 +34,7 @@ RECIPE = Path(__file__).with_name("head_alignment.py")
 RESULTS = Path(__file__).parent / "results" / "head_alignment"
 METRIC_TITLES = {
     "questions": "questions: VQA accuracy",
-    "captions": "captions: CIDEr-D",
+    "captions": "captions: CIDEr-D x 100",
     "translation": "translation: BLEU-4",
 }
 PRETRAINING_TASK = "grounding"

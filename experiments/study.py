@@ -177,11 +177,13 @@ class Interval(NamedTuple):
         return f"{self.mean:.3g} ± {self.half_width:.2g}"
 
     def percent(self) -> str:
-        """A share as a percentage.
+        """A share as a percentage; one value has no interval.
 
-        >>> Interval(0.8512, 0.0123, 5).percent()
-        '85.1 ± 1.2'
+        >>> Interval(0.8512, 0.0123, 5).percent(), interval([0.8512]).percent()
+        ('85.1 ± 1.2', '85.1')
         """
+        if self.values == 1:
+            return f"{100 * self.mean:.1f}"
         return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
 
 
