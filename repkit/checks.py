@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Something that the caller handed in cannot be used; the message says what, and what would be right."""
 
 
+class RunWarning(UserWarning):
+    """Something went wrong that a run can go on without; the message says in one line what, and what was done."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> InputError:
     """The error for a name that is not among the valid ones; it offers the nearest.
 

@@ -7,11 +7,12 @@ continues; 130 aborted by a second Ctrl-C; 1 anything else.
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from repkit.checks import InputError
+from repkit.checks import InputError, RunWarning
 
 EXIT_INPUT = 2
 
@@ -73,13 +74,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:
         options = _parser().parse_args(arguments)
-        return options.run_command(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RunWarning)
+            warnings.showwarning = _show(warnings.showwarning)
+            return options.run_command(options)
     except InputError as error:
         print(f"repkit: {error}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print("repkit: aborted", file=sys.stderr)
         return 130
+
+
+def _show(default: Callable[..., None]) -> Callable[..., None]:
+    """Shows our own warnings in a line, and all others as they are."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, RunWarning):
+            print(f"repkit: warning: {message}", file=sys.stderr)
+        else:
+            default(message, category, *place, **more)
+
+    return show
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -95,10 +111,11 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     run = RunDirectory(options.run or Path("runs") / options.recipe.stem)
     run.check_usable(config, resume=options.resume)
+    run.clear_beginning()
 
     import jax
 
-    from repkit.train.checkpoint import Checkpointer
+    from repkit.train.checkpoint import Checkpointer, SaveFailedError
     from repkit.train.config import check_devices, check_step, make_placement, make_schedule
     from repkit.train.interrupt import EXIT_INTERRUPTED, Interrupts
     from repkit.train.logging import MetricLogger
@@ -115,8 +132,7 @@ def _train(options: argparse.Namespace) -> int:
     model = (experiment.init, experiment.forward, experiment.objective)
     check_step(config.train, *model, next(batches), teacher=teacher)
     batches.set_state(start)
-    run.create(config, options.recipe)
-    experiment.save(run.path)
+    run.create(config, options.recipe, experiment.save)
     if experiment.summary is not None:
         print(experiment.summary())
 
@@ -133,6 +149,7 @@ def _train(options: argparse.Namespace) -> int:
             keep_last=config.train.keep_last,
             keep_best=config.train.keep_best,
             best_metric=experiment.best_metric,
+            config_hash=run.config_hash(),
         ) as checkpointer,
         MetricLogger(run.path, total_steps=config.train.steps, enabled=is_first) as logger,
     ):
@@ -151,7 +168,7 @@ def _train(options: argparse.Namespace) -> int:
                 validate=experiment.validate,
                 term_gradient_norms=term_gradient_norms,
             )
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, SaveFailedError) as error:
             print(f"repkit: {error}", file=sys.stderr)
             return 1
         finally:
