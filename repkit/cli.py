@@ -5,6 +5,7 @@ continues; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 import argparse
+import dataclasses
 import difflib
 import sys
 import warnings
@@ -191,7 +192,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from repkit.evaluate.results import append_results, format_table
 
     run = _load(options)
-    results = run.experiment.evaluate(run.params)
+    results = [dataclasses.replace(result, step=run.step) for result in run.experiment.evaluate(run.params)]
     append_results(results, run.directory.path / "results.jsonl")
     print(f"{run.directory.path} at step {run.step}")
     print(format_table(results))

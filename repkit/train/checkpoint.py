@@ -236,7 +236,7 @@ class CheckpointReader:
             except Damage as damage:
                 raise self._damaged(step, damage) from damage
             saved = manifest.get("config")
-            if None not in (saved, self.config_hash) and saved != self.config_hash:
+            if saved is not None and self.config_hash is not None and saved != self.config_hash:
                 raise InputError(
                     f"checkpoint {folder} was saved by a run with another configuration "
                     f"({saved[:12]}…, here it is {self.config_hash[:12]}…)"
