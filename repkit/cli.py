@@ -168,6 +168,7 @@ def _train(options: argparse.Namespace) -> int:
                 schedule=make_schedule(config.train),
                 validate=experiment.validate,
                 term_gradient_norms=term_gradient_norms,
+                non_finite=config.train.non_finite,
             )
         except (NonFiniteLoss, SaveFailedError) as error:
             print(f"repkit: {error}", file=sys.stderr)

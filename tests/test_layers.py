@@ -21,7 +21,7 @@ ALLOWED = {
     "distillation": FOUNDATION | {"losses", "objective"},
     "models": FOUNDATION,
     "data": FOUNDATION,
-    "train": FOUNDATION | {"losses", "metrics", "objective", "lock", "__init__"},
+    "train": FOUNDATION | {"losses", "metrics", "objective", "config", "lock", "__init__"},
     "evaluate": FOUNDATION | {"losses", "metrics"},
     "plots": FOUNDATION | {"metrics"},
     "lock": FOUNDATION,

@@ -8,9 +8,11 @@ import jax
 import optax
 
 from repkit.checks import InputError
+from repkit.config import formerly
 from repkit.numerics import AxisName
 from repkit.objective import Objective
 from repkit.train.mesh import Rules, batch_axes, batch_devices, make_mesh
+from repkit.train.non_finite import NonFinitePolicy
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import (
     PMAP_AXIS,
@@ -46,6 +48,8 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints, each of them after a validation.
         keep_last: newest checkpoints kept.
         keep_best: best checkpoints kept by the recipe's validation metric.
+        non_finite: what follows a step whose loss or gradient is not finite, see
+            `repkit.train.non_finite.NonFinitePolicy`. Its update is left out in any case.
 
     Raises:
         InputError: if a value is out of range.
@@ -67,6 +71,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_last: int = 3
     keep_best: int = 1
+    non_finite: NonFinitePolicy = field(default="skip", metadata=formerly("stop"))
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):

@@ -14,6 +14,7 @@ from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective, Report
 from repkit.train.mesh import Rules, batch_devices, batch_sharding, put_batch, state_shardings
+from repkit.train.non_finite import SKIPPED, require_finite_update
 from repkit.train.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -82,7 +83,8 @@ def make_update(
 
     Returns:
         The update. Its metrics are scalars: `loss` (the weighted total), every term by its name, `gradient_norm`
-        before any clipping, and the diagnostics of the losses with a memory.
+        before any clipping, the diagnostics of the losses with a memory, and `skipped`: 1 where loss or gradient were
+        not finite, so that of the state only the step's number has changed.
     """
 
     def update(state: TrainState, batch: Batch, teacher_params: Any = ()) -> tuple[TrainState, Metrics]:
@@ -123,7 +125,11 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
         new_state = TrainState(state.step + 1, params, optimizer_state, report.memories, ema, state.key)
-        return new_state, _metrics(report, objective, state.step, optax.tree.norm(grads))
+        metrics = _metrics(report, objective, state.step, optax.tree.norm(grads))
+        new_state, skipped = require_finite_update(
+            state, new_state, metrics["loss"], metrics["gradient_norm"], axis_name
+        )
+        return new_state, {**metrics, SKIPPED: skipped}
 
     return update
 
