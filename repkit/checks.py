@@ -35,6 +35,16 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} '{name}'; {hint}Valid: {listed}")
 
 
+def shown(value: Any) -> str:
+    """A value as it stands in a message: its beginning, if it is long.
+
+    >>> shown(["a" * 10]), len(shown("b" * 10_000))
+    ("['aaaaaaaaaa']", 201)
+    """
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def require_choice(argument: str, value: str, valid: Iterable[str]) -> None:
     """Raises `InputError` unless `value` is one of the names in `valid`."""
     valid = tuple(valid)

@@ -202,10 +202,21 @@ class RunDirectory:
             InputError: if the folder holds no run, or its recipe is not to be found.
         """
         stored = self._stored()
-        if recipe is None and not Path(stored["recipe"]).is_file():
-            raise InputError(f"the recipe of this run is no longer at '{stored['recipe']}'; name it with --recipe")
-        module = load_recipe(Path(stored["recipe"]) if recipe is None else recipe)
+        if recipe is None:
+            recipe = self._own_recipe(Path(stored["recipe"]))
+        module = load_recipe(recipe)
         return module, self._config(module.Config, stored)
+
+    def _own_recipe(self, recipe: Path) -> Path:
+        """The recipe that the folder names, unless it came with the folder: that may be somebody else's code."""
+        if not recipe.is_absolute() or recipe.resolve().is_relative_to(self.path.resolve()):
+            raise InputError(
+                f"'{self.path}' names '{recipe}' as its recipe, which is not where `repkit train` finds one; "
+                "read it, and name it with --recipe"
+            )
+        if not recipe.is_file():
+            raise InputError(f"the recipe of this run is no longer at '{recipe}'; name it with --recipe")
+        return recipe
 
     def _config(self, kind: type[Any], stored: dict[str, Any]) -> Any:
         try:
@@ -226,8 +237,10 @@ class RunDirectory:
             raise InputError(f"no run in '{self.path}' (there is no {CONFIG_FILE}); `repkit train` makes one")
         try:
             stored = json.loads((self.path / CONFIG_FILE).read_text())
+            if not isinstance(stored["recipe"], str) or not isinstance(stored["config"], dict):
+                raise TypeError("expected the path of a recipe, and settings")
             return {"recipe": stored["recipe"], "config": stored["config"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"'{self.path / CONFIG_FILE}' is not the configuration of a run: {error}") from error
 
 

@@ -346,12 +346,15 @@ class Batches:
                 raise InputError(
                     f"cannot resume the data: it was saved with {name} {state.get(name)}, here it is {value}"
                 )
+        # Checkpoints from before what was corrupt was kept do without.
+        met = state.get("corrupt_examples", [])
+        counts = [state.get("position"), state.get("corrupt", 0), state.get("rows_read", 0)]
+        if not isinstance(met, list) or not all(type(number) is int and number >= 0 for number in [*counts, *met]):
+            raise InputError(f"cannot resume the data: expected a position and counts from 0, got {counts}")
         self.close()
-        self._next_batch = state["position"] // self._reader.batch_size
-        # Checkpoints from before these were kept do without.
-        self.corrupt = state.get("corrupt", 0)
-        self._rows_read = state.get("rows_read", 0)
-        self._corrupt_examples = set(state.get("corrupt_examples", ()))
+        position, self.corrupt, self._rows_read = counts
+        self._next_batch = position // self._reader.batch_size
+        self._corrupt_examples = set(met)
 
     def close(self) -> None:
         """Ends the threads. A later `next` starts them anew."""

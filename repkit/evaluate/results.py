@@ -56,11 +56,20 @@ def read_results(path: str | Path) -> list[Result]:
     results: dict[tuple[str, str, str], Result] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            result = Result(**json.loads(line))
-        except (TypeError, json.JSONDecodeError) as error:
+            result = _parsed(line)
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"results: {path} line {number} is not a result: {error}") from error
         results[result.model, result.data, result.task] = result
     return list(results.values())
+
+
+def _parsed(line: str) -> Result:
+    result = Result(**json.loads(line))
+    if not all(isinstance(name, str) for name in (result.model, result.data, result.task)):
+        raise TypeError("model, data and task must be texts")
+    if not isinstance(result.metrics, dict) or not all(isinstance(x, int | float) for x in result.metrics.values()):
+        raise TypeError("metrics must be numbers by name")
+    return result
 
 
 def format_table(results: Iterable[Result]) -> str:

@@ -252,11 +252,13 @@ class CheckpointReader:
         try:
             about = json.loads((folder / _ABOUT_FILE).read_text())
             found = about["format"]
+            if found in (_WITHOUT_MANIFEST, _FORMAT):
+                _check_about(about)
             if (folder / MANIFEST_FILE).exists() and self.verify == "contents":
                 check_files(folder, read_manifest(folder), [_ABOUT_FILE])
         except Damage as damage:
             raise self._damaged(step, damage) from damage
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
             raise self._damaged(step, Damage(_ABOUT_FILE, reason)) from error
         if found not in (_WITHOUT_MANIFEST, _FORMAT):
@@ -278,7 +280,8 @@ class CheckpointReader:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 return reader.restore(self.directory / str(step) / _STATE, args=arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        # Damaged files make it raise nearly anything.
+        except Exception as error:
             raise self._damaged(step, Damage(_STATE, f"cannot be read ({_reason(error)})")) from error
 
     def _damaged(self, step: int, damage: Damage) -> DamagedCheckpointError:
@@ -580,6 +583,25 @@ def _description(path: str, leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, jax.Array) and _is_key(leaf):
         description["generator"] = str(jax.random.key_impl(leaf))
     return description
+
+
+def _check_about(about: Mapping[str, Any]) -> None:
+    """Raises `ValueError` or what wrong types raise, where about.json is not as `save` writes it."""
+    if not isinstance(about["data_position"], dict):
+        raise ValueError("its data position is no object")
+    if not all(type(value) in (int, float) for value in about["metrics"].values()):
+        raise ValueError("its metrics are no numbers")
+    for path, leaf in about["leaves"].items():
+        if "python" in leaf:
+            is_right = type(leaf["value"]) in _PLAIN_TYPES and type(leaf["value"]).__name__ == leaf["python"]
+        else:
+            is_right = isinstance(leaf["dtype"], str) and all(type(size) is int and size >= 0 for size in leaf["shape"])
+            if "generator" in leaf:
+                jax.random.key(0, impl=leaf["generator"])
+            else:
+                is_right = is_right and jnp.dtype(leaf["dtype"]) is not None
+        if not is_right:
+            raise ValueError(f"it says of {path} what cannot be")
 
 
 def _check_width(targets: Mapping[str, Any]) -> None:

@@ -408,9 +408,9 @@ def _scalar(name: str, value: Any) -> float:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _summary(values: Mapping[str, float], pace: Pace) -> str:
