@@ -91,7 +91,7 @@ class FaultyBatches:
     def __next__(self) -> dict[str, np.ndarray]:
         faults = self._faults
         every = faults.get("sigterm_every")
-        if self._position in faults.get("sigterm_at", ()) or (every and self._made == every):
+        if self._position in faults.get("sigterm_at", ()) or (every and self._made == every - 1):
             os.kill(os.getpid(), signal.SIGTERM)
         if self._position in faults.get("kill_at", ()):
             os.kill(os.getpid(), signal.SIGKILL)
