@@ -3,8 +3,8 @@ memory, a queue, a shuffled and augmented stream with a corrupt example. The env
 
 REPKIT_FAULTS is a JSON object: `nan_at`, positions (in batches) whose second half holds a value that is no number;
 `sigterm_at`, positions before which the process signals itself; `sigterm_every`, batches of a process after which it
-does; `kill_at`, positions before which it kills itself; `hang_at`, positions at which it hangs; `threads` of the loader;
-`ids`, a file that takes the examples of every batch; `seconds` that a batch takes.
+does; `kill_at`, positions before which it kills itself; `hang_at`, positions at which it hangs; `threads` of the
+loader; `ids`, a file that takes the examples of every batch; `seconds` that a batch takes.
 """
 
 import functools
