@@ -1,7 +1,7 @@
 """The console command: `repkit train | evaluate | plot | doctor`.
 
 Exit codes: 0 done; 2 the input cannot be used, one line says why; 75 interrupted by a signal and saved, `--resume`
-continues; 130 aborted by a second Ctrl-C; 1 anything else.
+continues; 79 no progress for too long, `--resume` continues; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 import argparse
@@ -122,6 +122,7 @@ def _train(options: argparse.Namespace) -> int:
     from repkit.train.logging import MetricLogger
     from repkit.train.loop import NonFiniteLoss, fit
     from repkit.train.step import make_term_gradient_norms
+    from repkit.train.watchdog import Watchdog
 
     if jax.process_count() > 1:
         raise InputError("training on several processes is not supported yet; start one process")
@@ -153,6 +154,7 @@ def _train(options: argparse.Namespace) -> int:
             config_hash=run.config_hash(),
         ) as checkpointer,
         MetricLogger(run.path, total_steps=config.train.steps, enabled=is_first) as logger,
+        Watchdog(config.train.hang_seconds, run.path) as watchdog,
     ):
         try:
             outcome = fit(
@@ -169,6 +171,7 @@ def _train(options: argparse.Namespace) -> int:
                 validate=experiment.validate,
                 term_gradient_norms=term_gradient_norms,
                 non_finite=config.train.non_finite,
+                beat=watchdog.beat,
             )
         except (NonFiniteLoss, SaveFailedError) as error:
             print(f"repkit: {error}", file=sys.stderr)

@@ -50,6 +50,8 @@ class TrainConfig:
         keep_best: best checkpoints kept by the recipe's validation metric.
         non_finite: what follows a step whose loss or gradient is not finite, see
             `repkit.train.non_finite.NonFinitePolicy`. Its update is left out in any case.
+        hang_seconds: a run that makes no progress for so long is ended with its stacks, see
+            `repkit.train.watchdog.Watchdog`; a compilation or a validation must be faster. None for no watch.
 
     Raises:
         InputError: if a value is out of range.
@@ -72,6 +74,7 @@ class TrainConfig:
     keep_last: int = 3
     keep_best: int = 1
     non_finite: NonFinitePolicy = field(default="skip", metadata=formerly("stop"))
+    hang_seconds: float | None = field(default=3600.0, metadata=formerly(None))
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):
@@ -88,6 +91,8 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InputError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.hang_seconds is not None and self.hang_seconds <= 0:
+            raise InputError(f"train.hang_seconds must be positive, got {self.hang_seconds}")
         if self.learning_rate <= 0:
             raise InputError(f"train.learning_rate must be positive, got {self.learning_rate}")
         if self.log_term_gradients and (self.placement == "pmap" or self.accumulate > 1):

@@ -67,6 +67,7 @@ def fit(
     validate: Callable[[Any], Mapping[str, float]] | None = None,
     term_gradient_norms: Callable[[TrainState, Batch], Metrics] | None = None,
     non_finite: NonFinitePolicy = "skip",
+    beat: Callable[[str], None] = lambda doing: None,
 ) -> Outcome:
     """Trains to a number of steps, from the newest checkpoint where there is one.
 
@@ -89,6 +90,7 @@ def fit(
         non_finite: what follows a step whose loss or gradient is not finite, see
             `repkit.train.non_finite.NonFinitePolicy`. It is noticed at the next log row or checkpoint, or after
             `MOST_UNEXAMINED` steps; the log then names the step, the terms and the examples.
+        beat: told what the loop begins to do, for `repkit.train.watchdog.Watchdog`.
 
     Raises:
         NonFiniteLoss: if a step was not finite and the policy says to stop.
@@ -104,9 +106,11 @@ def fit(
         try:
             # A signal leaves little time; the state matters more than its quality.
             if validate is not None and interrupts.requested is None:
+                beat(f"the validation after step {step}")
                 quality = dict(validate(placement.get_state(state).evaluation_params))
                 logger.log(step, quality)
         finally:
+            beat(f"the saving of step {step}")
             position = {**_position(placement, batches), "skipped_steps": skipped_steps}
             checkpointer.save(step, placement.get_state(state), position, quality)
 
@@ -138,7 +142,9 @@ def fit(
 
     saved = step
     while step < steps and interrupts.requested is None:
+        beat(f"step {step + 1}, waiting for its batch")
         host_batch = next(batches)
+        beat(f"step {step + 1}")
         batch = placement.put_batch(host_batch)
         is_logged = (step + 1) % log_every == 0 or step + 1 == steps
         is_saved = (step + 1) % checkpoint_every == 0 or step + 1 == steps

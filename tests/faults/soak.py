@@ -42,6 +42,7 @@ from repkit.train.logging import MetricLogger, read_metrics
 from repkit.train.mesh import batch_axes, make_mesh
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import Placement, jit_placement, make_update
+from repkit.train.watchdog import EXIT_HUNG
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = Path(__file__).with_name("recipe.py")
@@ -376,9 +377,7 @@ def nan_in_one_replica(folder: Path, trials: int) -> str:
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         assert [event["step"] for event in events] == [4, 5, 13]
         assert all(event["terms"] == ["gamma", "queue"] and len(event["example_ids"]) == 8 for event in events)
-    return (
-        "jit and pmap on 8 devices, 3 bad batches of 20: skipped everywhere, weights finite, examples and terms named"
-    )
+    return "jit and pmap on 8 devices, 3 bad batches of 20: skipped on all, weights finite, examples and terms named"
 
 
 def steady(folder: Path, trials: int) -> str:
@@ -407,6 +406,23 @@ def steady(folder: Path, trials: int) -> str:
     assert compiled_after == compiled, f"{compiled_after - compiled} compilations after step {begin}"
     assert after < 1.01 * before, f"resident memory grew by {after / before - 1:.1%}"
     return f"from step {begin} to {trials}: resident memory {after / before - 1:+.2%}, no compilation"
+
+
+def hang(folder: Path, trials: int) -> str:
+    """A loader that never gives the next batch."""
+    del trials
+    settings = ("train.steps=20", "train.hang_seconds=30")
+    process = start(folder / "run", *settings, log=folder / "log", hang_at=[15])
+    _await_step(folder / "log", 0, 15, process, seconds=600)
+    began = time.monotonic()
+    assert process.wait(120) == EXIT_HUNG
+    seconds = time.monotonic() - began
+    assert "no progress for 30 s in step 16, waiting for its batch" in (folder / "log").read_text()
+    assert "__next__" in (folder / "run" / "stacks.txt").read_text()
+    assert train(folder / "run", *settings)[0] == 0
+    return (
+        f"ended {seconds:.0f} s after a limit of 30 s began, with exit code {EXIT_HUNG} and stacks; resumed to the end"
+    )
 
 
 def hostile(folder: Path, trials: int) -> str:
@@ -513,6 +529,7 @@ ROWS = {
     "meshes": Row("restored on other meshes", meshes, 1, 8),
     "nan": Row("a value that is no number in one replica", nan_in_one_replica, 1, 8),
     "steady": Row("memory and compilations of a long run", steady, 2000),
+    "hang": Row("a loader that hangs", hang, 1),
     "hostile": Row("hostile files", hostile, 1),
     "everything": Row("random faults of all kinds", everything, 30),
 }
