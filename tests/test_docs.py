@@ -47,3 +47,11 @@ def test_the_code_of_the_page_on_data_gives_the_batches_that_its_table_names(tmp
         exec(code, names)
         found += [set(names.pop("batch"))] if "batch" in names else []
     assert found == expected
+
+
+def test_the_code_of_the_page_on_reliability_starts_from_a_part_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in code_of("reliability.md"):
+        exec(code, names)
+    assert [names["params"]["tower"]["w"].tolist(), names["params"]["head"].tolist()] == [[1, 1, 1], [0, 0]]
