@@ -34,6 +34,7 @@ import repkit
 from repkit.checks import InputError, RunWarning, require_choice, unknown_name
 from repkit.lock import FolderLock
 from repkit.train.manifest import MANIFEST_FILE, Damage, check_files, folder_to_disk, read_manifest, write_manifest
+from repkit.train.processes import barrier, from_first
 
 _FORMAT = 2
 _WITHOUT_MANIFEST = 1
@@ -181,6 +182,13 @@ class CheckpointReader:
         return self._newest_good(lambda candidate: self._read(under, candidate))
 
     def _newest_good(self, restore: Callable[[int], Restored]) -> Restored:
+        if jax.process_count() > 1:
+            # One process looks, and all take what it found.
+            found = self._newest_of(self._verified) if jax.process_index() == 0 else None
+            return restore(from_first(-1 if found is None else found.step))
+        return self._newest_of(restore)
+
+    def _newest_of(self, restore: Callable[[int], Restored]) -> Restored:
         damaged: dict[int, DamagedCheckpointError] = {}
         while candidates := [step for step in self.steps() if step not in damaged]:
             step = max(candidates)
@@ -199,6 +207,10 @@ class CheckpointReader:
         raise DamagedCheckpointError(
             f"no checkpoint in {self.directory} is good: {'; '.join(str(error) for error in damaged.values())}"
         )
+
+    def _verified(self, step: int) -> Restored:
+        about = self._verified_about(step)
+        return Restored(step, None, about["data_position"])
 
     def _restore(self, like: Any, step: int) -> Restored:
         about = self._verified_about(step)
@@ -232,7 +244,8 @@ class CheckpointReader:
                 manifest = read_manifest(folder)
                 if manifest.get("step") != step:
                     raise Damage(MANIFEST_FILE, f"is that of step {manifest.get('step')}")
-                check_files(folder, manifest)
+                if jax.process_index() == 0:
+                    check_files(folder, manifest)
             except Damage as damage:
                 raise self._damaged(step, damage) from damage
             saved = manifest.get("config")
@@ -451,6 +464,8 @@ class Checkpointer(CheckpointReader):
         except (OSError, ValueError) as error:
             self._sweep()
             raise self._save_failed(step, error) from error
+        # The first process gives the step its name; then it is there for all.
+        barrier(f"the checkpoint of step {step}")
 
     def close(self) -> None:
         """Waits for the writing to end, frees the threads and gives the directory up."""
@@ -496,8 +511,16 @@ class Checkpointer(CheckpointReader):
     def _finish(self, step: int, about: Mapping[str, Any]) -> None:
         """Waits for the arrays, completes the step and gives it its name; then removes what is not to be kept."""
         self._writer.wait_until_finished()
-        if self._lock is None:
-            return
+        if self._lock is not None:
+            self._publish(step, about)
+        self._saved_metrics[step] = about["metrics"]
+        self._ours.add(step)
+        if self._lock is not None:
+            keep = self._steps_to_keep()
+            self._delete([other for other in self.steps() if other not in keep])
+            self._sweep()
+
+    def _publish(self, step: int, about: Mapping[str, Any]) -> None:
         staging, final = self.directory / _UNFINISHED / str(step), self.directory / str(step)
         about_file = staging / _ABOUT_FILE
         about_file.parent.mkdir()
@@ -508,11 +531,6 @@ class Checkpointer(CheckpointReader):
         self._delete([step] if final.exists() else [])
         staging.rename(final)
         folder_to_disk(self.directory)
-        self._saved_metrics[step] = about["metrics"]
-        self._ours.add(step)
-        keep = self._steps_to_keep()
-        self._delete([other for other in self.steps() if other not in keep])
-        self._sweep()
 
     def _steps_to_keep(self) -> set[int]:
         steps = self.steps()

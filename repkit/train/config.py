@@ -11,7 +11,7 @@ from repkit.checks import InputError
 from repkit.config import formerly
 from repkit.numerics import AxisName
 from repkit.objective import Objective
-from repkit.train.mesh import Rules, batch_axes, batch_devices, make_mesh
+from repkit.train.mesh import Rules, batch_axes, batch_devices, batch_sharding, make_mesh
 from repkit.train.non_finite import NonFinitePolicy
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import (
@@ -117,17 +117,34 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def check_devices(config: TrainConfig) -> None:
-    """Checks that each batch splits evenly over the devices.
+    """Checks that each batch splits evenly over the devices, and over several processes as their data do.
 
     Raises:
         InputError: if it does not, or if the mesh does not fit the devices.
     """
+    if jax.process_count() > 1:
+        _check_shares(config)
     parts = batch_devices(make_mesh(config.mesh)) if config.placement == "jit" else jax.device_count()
     if config.batch_size % (parts * config.accumulate):
         parts_text = f"{parts} devices" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
         raise InputError(
             f"train.batch_size={config.batch_size} cannot be split over {parts_text}; "
             f"choose a multiple of {parts * config.accumulate}"
+        )
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """Each process reads the share of the batch that its number says; its devices must hold just these rows."""
+    if config.placement != "jit":
+        raise InputError("several processes need train.placement=jit")
+    rows, count = config.batch_size, jax.process_count()
+    parts = batch_sharding(make_mesh(config.mesh)).addressable_devices_indices_map((rows,)).values()
+    held = {row for part in parts if part is not None for row in range(rows)[part[0]]}
+    first = jax.process_index() * rows // count
+    if held != set(range(first, first + rows // count)):
+        raise InputError(
+            f"train.mesh={config.mesh} does not split the batch over the {count} processes in their order; "
+            "put the axes data or fsdp first, and keep the others within a process"
         )
 
 

@@ -12,6 +12,7 @@ from repkit.train.checkpoint import Checkpointer
 from repkit.train.interrupt import Interrupts
 from repkit.train.logging import MetricLogger
 from repkit.train.non_finite import MOST_IN_A_ROW, SKIPPED, NonFinitePolicy, NonFiniteStep, UnexaminedSteps
+from repkit.train.processes import largest, on_this_process
 from repkit.train.state import TrainState
 from repkit.train.step import Batch, Metrics, Placement
 
@@ -45,6 +46,9 @@ class Outcome(NamedTuple):
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient was not finite, and the policy says to stop; the checkpoints are as they were."""
 
+
+AGREE_EVERY = 10
+"""Steps after which several processes agree whether one of them was asked to stop: all must stop at the same step."""
 
 MOST_UNEXAMINED = 100
 """Steps after which the loop waits for the devices to know whether all of them were finite, if it logs more rarely."""
@@ -100,14 +104,21 @@ def fit(
     state, step, skipped_steps = _start(placement, batches, key, checkpointer)
     unexamined = UnexaminedSteps()
     rolled_back = 0
+    stopping = False
+
+    def asked_to_stop() -> bool:
+        nonlocal stopping
+        if jax.process_count() == 1 or step % AGREE_EVERY == 0:
+            stopping = stopping or largest(interrupts.requested is not None) > 0
+        return stopping
 
     def save() -> None:
         quality: dict[str, float] = {}
         try:
             # A signal leaves little time; the state matters more than its quality.
-            if validate is not None and interrupts.requested is None:
+            if validate is not None and not asked_to_stop():
                 beat(f"the validation after step {step}")
-                quality = dict(validate(placement.get_state(state).evaluation_params))
+                quality = dict(validate(on_this_process(placement.get_state(state).evaluation_params)))
                 logger.log(step, quality)
         finally:
             beat(f"the saving of step {step}")
@@ -141,7 +152,7 @@ def fit(
         return placement.put_state(restored.state), restored.step
 
     saved = step
-    while step < steps and interrupts.requested is None:
+    while step < steps and not asked_to_stop():
         beat(f"step {step + 1}, waiting for its batch")
         host_batch = next(batches)
         beat(f"step {step + 1}")
@@ -170,7 +181,8 @@ def fit(
         else:
             state, step = roll_back()
     checkpointer.wait()
-    return Outcome(placement.get_state(state), step, interrupts.requested if step < steps else None)
+    signal_name = interrupts.requested or "a signal to another process"
+    return Outcome(placement.get_state(state), step, signal_name if step < steps else None)
 
 
 def _start(
