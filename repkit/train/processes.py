@@ -64,7 +64,8 @@ def cluster_from(environment: Mapping[str, str]) -> Cluster | None:
     """
     if "REPKIT_COORDINATOR" in environment or "REPKIT_PROCESSES" in environment:
         count = _number(environment, "REPKIT_PROCESSES")
-        name = "REPKIT_PROCESS" if "REPKIT_PROCESS" in environment else "JOB_COMPLETION_INDEX"
+        own, job = "REPKIT_PROCESS", "JOB_COMPLETION_INDEX"
+        name = job if job in environment and own not in environment else own
         return _checked(environment.get("REPKIT_COORDINATOR", ""), _number(environment, name), count)
     # An interactive allocation has tasks, but a process in it that srun did not start has no number.
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:

@@ -19,6 +19,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from repkit.train.config import make_optimizer
 from repkit.train.interrupt import EXIT_INTERRUPTED
 from repkit.train.logging import MetricLogger, read_metrics
 from repkit.train.mesh import batch_axes, make_mesh
+from repkit.train.processes import EXIT_LOST_PEER
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import Placement, jit_placement, make_update
 from repkit.train.watchdog import EXIT_HUNG
@@ -84,10 +86,18 @@ def train(run: Path, *settings: str, **faults: Any) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-def start(run: Path, *settings: str, log: Path, limit: int | None = None, **faults: Any) -> subprocess.Popen[bytes]:
+def start(
+    run: Path,
+    *settings: str,
+    log: Path,
+    limit: int | None = None,
+    variables: Mapping[str, str] | None = None,
+    **faults: Any,
+) -> subprocess.Popen[bytes]:
     """`repkit train --resume` in a process of its own, on one device; `limit` in bytes on the files it writes."""
     words = [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "XLA_FLAGS": "", "REPKIT_FAULTS": json.dumps(faults), "PYTHONPATH": str(ROOT)}
+    environment |= variables or {}
     command = [sys.executable, "-m", "repkit.cli", "train", str(RECIPE), "--run", str(run), "--resume", *words]
     if limit is not None:
         command = ["prlimit", f"--fsize={limit}", *command]
@@ -425,6 +435,55 @@ def hang(folder: Path, trials: int) -> str:
     )
 
 
+def _pair(run: Path, log: Path, *settings: str, **faults_of_second: Any) -> list[subprocess.Popen[bytes]]:
+    """Two processes of one training on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"REPKIT_COORDINATOR": address, "REPKIT_PROCESSES": "2"}
+    return [
+        start(
+            run,
+            *settings,
+            log=log.with_suffix(f".{number}"),
+            variables={**shared, "REPKIT_PROCESS": str(number)},
+            **(faults_of_second if number else {}),
+        )
+        for number in range(2)
+    ]
+
+
+def processes(folder: Path, trials: int) -> str:
+    """Two processes, of which one is killed; both started again; the checkpoint taken on by one process alone."""
+    settings = ("train.steps=30",)
+    assert [each.wait(1800) for each in _pair(folder / "whole", folder / "whole", *settings)] == [0, 0]
+    expected = leaves(folder / "whole")
+    slowest = 0.0
+    for index in range(trials):
+        run, log = folder / f"run_{index}", folder / f"log_{index}"
+        first, second = _pair(run, log, *settings, kill_at=[15 + index])
+        assert second.wait(1800) == -signal.SIGKILL
+        began = time.monotonic()
+        assert first.wait(60) == EXIT_LOST_PEER
+        slowest = max(slowest, time.monotonic() - began)
+        assert "process 0 ends: process 1 has ended" in log.with_suffix(".0").read_text()
+        shutil.copytree(run, folder / f"alone_{index}")
+        assert [each.wait(1800) for each in _pair(run, log, *settings)] == [0, 0]
+        assert not differing(expected, leaves(run))
+        alone = folder / f"alone_{index}"
+        restored = leaves(alone)
+        assert start(alone, *settings, log=folder / "alone.log", sigterm_at=[11]).wait(1800) == EXIT_INTERRUPTED
+        losses = [
+            {row["step"]: row["loss"] for row in read_metrics(each / "metrics.jsonl") if "loss" in row}[11]
+            for each in (folder / "whole", alone)
+        ]
+        assert abs(losses[0] - losses[1]) <= 1e-6 * max(1.0, abs(losses[0])), losses
+        assert restored["step"] == 10
+    return (
+        f"{trials} time(s): the other ended {slowest:.1f} s later with a message and exit code {EXIT_LOST_PEER}; both "
+        f"started again: identical final state; one process went on from the checkpoint of two, next loss within 1e-6"
+    )
+
+
 def hostile(folder: Path, trials: int) -> str:
     """All files of tests/faults/hostile.py."""
     from tests.faults.hostile import CASES, refusal
@@ -530,6 +589,7 @@ ROWS = {
     "nan": Row("a value that is no number in one replica", nan_in_one_replica, 1, 8),
     "steady": Row("memory and compilations of a long run", steady, 2000),
     "hang": Row("a loader that hangs", hang, 1),
+    "processes": Row("two processes, one killed", processes, 1),
     "hostile": Row("hostile files", hostile, 1),
     "everything": Row("random faults of all kinds", everything, 30),
 }
