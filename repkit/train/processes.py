@@ -210,20 +210,29 @@ class Peers:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None and self._cluster is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        if error is not None:
+            self._leave_because_of(error)
+        elif self._cluster is not None:
             # Nobody leaves before all have come to the end.
             barrier("the end", seconds=60)
-        self._leave(_BYE if kind is None else b"")
+            self._leave(_BYE)
 
     @contextlib.contextmanager
     def left_on_error(self) -> Iterator[None]:
         """Leaves at once when an exception comes, so that the others end before anything here waits for them."""
         try:
             yield
-        except BaseException:
-            self._leave(b"")
+        except BaseException as error:
+            self._leave_because_of(error)
             raise
+
+    def _leave_because_of(self, error: BaseException) -> None:
+        # Exchanges between devices fail when a peer is gone. Then that is to be said, and the watch is about to.
+        is_failed_exchange = isinstance(error, jax.errors.JaxRuntimeError) or type(error) is ValueError
+        if is_failed_exchange and self._thread is not None and not self._leaving.is_set():
+            self._thread.join(LOST_AFTER + 2 * _GRACE)
+        self._leave(b"")
 
     def _leave(self, word: bytes) -> None:
         self._leaving.set()
