@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import sys
 import threading
 from pathlib import Path
 from time import monotonic
@@ -79,7 +78,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             where = "its stacks follow"
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(2, all_threads=True)
         text = f"repkit: no progress for {seconds:g} s in {self._doing}; {where}\n"
         os.write(2, text.encode())
         os._exit(EXIT_HUNG)
