@@ -11,6 +11,7 @@ EXIT_HUNG = 79
 """Exit code of a run that made no progress for too long. No standard gives it another meaning."""
 
 STACKS_FILE = "stacks.txt"
+_STANDARD_ERROR = 2
 _LOOKS = 20
 """How often it looks within the time that is allowed."""
 
@@ -61,13 +62,13 @@ class Watchdog:
     def _watch(self, seconds: float) -> None:
         interval = seconds / _LOOKS
         last = monotonic()
-        faulthandler.dump_traceback_later(2 * seconds, exit=True)
+        faulthandler.dump_traceback_later(2 * seconds, file=_STANDARD_ERROR, exit=True)
         while not self._ended.wait(interval):
             now = monotonic()
             # A longer gap than asked for is one in which this thread did not run either.
             self._waited += min(now - last, 2 * interval)
             last = now
-            faulthandler.dump_traceback_later(2 * seconds, exit=True)
+            faulthandler.dump_traceback_later(2 * seconds, file=_STANDARD_ERROR, exit=True)
             if self._waited > seconds:
                 self._end(seconds)
 
@@ -78,7 +79,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             where = "its stacks follow"
-            faulthandler.dump_traceback(2, all_threads=True)
+            faulthandler.dump_traceback(_STANDARD_ERROR, all_threads=True)
         text = f"repkit: no progress for {seconds:g} s in {self._doing}; {where}\n"
-        os.write(2, text.encode())
+        os.write(_STANDARD_ERROR, text.encode())
         os._exit(EXIT_HUNG)
