@@ -123,7 +123,11 @@ def _train(options: argparse.Namespace) -> int:
     placement = make_placement(config.train, *model, rules=experiment.sharding_rules, teacher=teacher)
     term_gradient_norms = None
     if config.train.log_term_gradients:
-        norms = jax.jit(make_term_gradient_norms(experiment.forward, experiment.objective, teacher=teacher))
+        norms = jax.jit(
+            make_term_gradient_norms(
+                experiment.forward, experiment.objective, teacher=teacher, micro_batches=config.train.micro_batches
+            )
+        )
         term_gradient_norms = lambda state, batch: norms(state, batch, placement.teacher_params)  # noqa: E731
     is_first = jax.process_index() == 0
     with (

@@ -37,7 +37,9 @@ class TrainConfig:
         warmup_steps: steps of linear increase up to the peak.
         weight_decay: AdamW's decay of the matrices; vectors and scalars are not decayed.
         clip_norm: gradients of a larger global norm are scaled down to it; none to leave them.
-        accumulate: parts in which each batch is walked, see `make_update`.
+        accumulate: parts in which each batch is walked, each with losses of its own, see `make_update`.
+        micro_batches: parts in which the rows of a batch, or of each of those parts, go through the model, with losses
+            of all of them and the exact gradient, see `make_update`.
         ema_decay: decay of the moving average of the parameters, which is then what is evaluated; none for no average.
         placement: `jit` over a mesh, or `pmap`.
         mesh: sizes by axis name for `jit`; -1 takes the devices that are left.
@@ -59,6 +61,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     accumulate: int = 1
+    micro_batches: int = 1
     ema_decay: float | None = None
     placement: Literal["jit", "pmap"] = "jit"
     mesh: dict[str, int] = field(default_factory=lambda: {"data": -1})
@@ -69,7 +72,15 @@ class TrainConfig:
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "micro_batches",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup_steps", "keep_best", "weight_decay", "seed"):
@@ -77,9 +88,10 @@ class TrainConfig:
                 raise InputError(f"train.{name} must be at least 0, got {getattr(self, name)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"train.clip_norm must be positive, got {self.clip_norm}")
-        if self.batch_size % self.accumulate:
+        if self.batch_size % self.parts:
             raise InputError(
-                f"train.batch_size must be a multiple of train.accumulate, got {self.batch_size} and {self.accumulate}"
+                f"train.batch_size must be a multiple of train.accumulate times train.micro_batches, "
+                f"got {self.batch_size}, {self.accumulate} and {self.micro_batches}"
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InputError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
@@ -87,6 +99,11 @@ class TrainConfig:
             raise InputError(f"train.learning_rate must be positive, got {self.learning_rate}")
         if self.log_term_gradients and (self.placement == "pmap" or self.accumulate > 1):
             raise InputError("train.log_term_gradients needs train.placement=jit and train.accumulate=1")
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a batch is cut that go through the model one after the other."""
+        return self.accumulate * self.micro_batches
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -113,11 +130,11 @@ def check_devices(config: TrainConfig) -> None:
         InputError: if it does not, or if the mesh does not fit the devices.
     """
     parts = batch_devices(make_mesh(config.mesh)) if config.placement == "jit" else jax.device_count()
-    if config.batch_size % (parts * config.accumulate):
-        parts_text = f"{parts} devices" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    if config.batch_size % (parts * config.parts):
+        parts_text = f"{parts} devices" + (f" in {config.parts} parts" if config.parts > 1 else "")
         raise InputError(
             f"train.batch_size={config.batch_size} cannot be split over {parts_text}; "
-            f"choose a multiple of {parts * config.accumulate}"
+            f"choose a multiple of {parts * config.parts}"
         )
 
 
@@ -185,6 +202,7 @@ def _functions(
         optimizer,
         teacher=teacher,
         accumulate=config.accumulate,
+        micro_batches=config.micro_batches,
         ema_decay=config.ema_decay,
         axis_name=axis_name,
     )

@@ -14,6 +14,7 @@ from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective, Report
 from repkit.train.mesh import Rules, batch_devices, batch_sharding, put_batch, state_shardings
+from repkit.train.micro_batches import every_nth, in_micro_batches
 from repkit.train.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -61,6 +62,7 @@ def make_update(
     *,
     teacher: Teacher | None = None,
     accumulate: int = 1,
+    micro_batches: int = 1,
     ema_decay: float | None = None,
     axis_name: AxisName | None = None,
 ) -> UnplacedUpdate:
@@ -77,6 +79,9 @@ def make_update(
             where there is no teacher, or the batches bring what it said.
         accumulate: number of parts in which the batch is walked, one after the other, so that the model holds the
             activations of one part at a time. Losses between examples see the candidates of their part only.
+        micro_batches: number of parts in which the rows go through the model and the teacher, so that they hold the
+            activations of one part at a time, for a second forward pass. Losses see all rows, and the gradient is that
+            of the whole batch; see `repkit.train.micro_batches.in_micro_batches`.
         ema_decay: d of the moving average  ema <- d ema + (1 - d) params;  None for a state without one.
         axis_name: the mapped axis when the update runs inside `jax.pmap`; None for `jax.jit`, where arrays are global.
 
@@ -85,13 +90,15 @@ def make_update(
         before any clipping, and the diagnostics of the losses with a memory.
     """
 
+    forward = in_micro_batches(forward, micro_batches)
+
     def update(state: TrainState, batch: Batch, teacher_params: Any = ()) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         normalizers = objective.normalizers(batch, axis_name)
 
         def gradients(rows: Batch, memories: dict[str, Any], key: Array) -> tuple[Any, Report]:
             # Outside of what is differentiated, so that no tangent or residual of the teacher is ever computed.
-            rows, targets = _with_targets(teacher, teacher_params, state, rows)
+            rows, targets = _with_targets(teacher, teacher_params, state, rows, micro_batches)
 
             def scalar(params: Any) -> tuple[Float[Array, ""], Report]:
                 outputs = forward(params, rows, _device_key(key, axis_name))
@@ -129,17 +136,18 @@ def make_update(
 
 
 def make_term_gradient_norms(
-    forward: Forward, objective: Objective, *, teacher: Teacher | None = None
+    forward: Forward, objective: Objective, *, teacher: Teacher | None = None, micro_batches: int = 1
 ) -> Callable[..., Metrics]:
     """Makes the function `(state, batch, teacher_params=()) -> {term: |∂ weighted term / ∂ params|}`.
 
     It is for looking at how terms compete. It costs one forward pass and one backward pass per term, so it is run on
-    demand and not in every step.
+    demand and not in every step. Arguments are as those of `make_update`.
     """
+    forward = in_micro_batches(forward, micro_batches)
 
     def norms(state: TrainState, batch: Batch, teacher_params: Any = ()) -> Metrics:
         key = jax.random.fold_in(state.key, state.step)
-        batch, targets = _with_targets(teacher, teacher_params, state, batch)
+        batch, targets = _with_targets(teacher, teacher_params, state, batch, micro_batches)
         outputs, pull_back = jax.vjp(lambda params: forward(params, batch, key), state.params)
 
         def norm(name: str) -> Array:
@@ -155,7 +163,7 @@ def make_term_gradient_norms(
 
 
 def _with_targets(
-    teacher: Teacher | None, teacher_params: Any, state: TrainState, batch: Batch
+    teacher: Teacher | None, teacher_params: Any, state: TrainState, batch: Batch, micro_batches: int
 ) -> tuple[Batch, dict[str, Any]]:
     """The batch without what a teacher gave, and that: the arrays the batch brought, or the teacher's outputs."""
     rows = {name: array for name, array in batch.items() if not name.startswith(TEACHER_ARRAYS)}
@@ -166,7 +174,11 @@ def _with_targets(
         raise InputError(
             f"the batch brings a teacher's arrays ({', '.join(brought)}), and the update has a teacher; use one of them"
         )
-    return rows, teacher.outputs(teacher_params, state, rows)
+
+    def targets(params: Any, rows: Batch, _: Array | None) -> dict[str, Any]:
+        return teacher.outputs(params, state, rows)
+
+    return rows, in_micro_batches(targets, micro_batches)(teacher_params, rows, None)
 
 
 def _device_key(key: Array, axis_name: AxisName | None) -> Array:
@@ -175,11 +187,10 @@ def _device_key(key: Array, axis_name: AxisName | None) -> Array:
 
 
 def _parts(batch: Batch, count: int) -> dict[str, Array]:
-    """[b ...] -> [count, b/count ...] by every count-th row, so that each device's rows are spread over all parts."""
     rows = len(batch["where"])
     if rows % count:
         raise InputError(f"a batch of {rows} rows cannot be accumulated in {count} equal parts")
-    return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+    return every_nth(batch, count)
 
 
 def _accumulated(gradients: Callable[..., Any], parts: Batch, state: TrainState, key: Array) -> tuple[Any, Report]:
