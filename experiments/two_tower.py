@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from repkit import losses, plots
 from repkit.checks import InputError
@@ -30,21 +29,18 @@ from repkit.evaluate.retrieval import evaluate_retrieval
 from repkit.evaluate.zero_shot import class_scores, evaluate_zero_shot, prompt_embeddings
 from repkit.models.encoders import TextConfig, VisionConfig
 from repkit.models.functional import Model
+from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.models.two_tower import TwoTowerConfig, two_tower
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment
-from repkit.train.config import TrainConfig
+from repkit.train.config import TrainConfig, data_share
+from repkit.train.mesh import WHOLE_BATCH
 
 Loss = Literal["gamma_contrastive", "info_nce"]
 Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consistency"]
 TOKENIZER_FILE = "tokenizer.json"
 EVALUATION_BATCH = 256
 FIGURE_EXAMPLES = 512
-# With a `tensor` axis in the mesh, what a token is multiplied with is split over it: first by columns, then by rows.
-TENSOR_RULES = (
-    (r"(mlp/up|attention/(query|key|value))/kernel", PartitionSpec(None, "tensor")),
-    (r"(mlp/down|attention/output)/kernel", PartitionSpec("tensor")),
-)
 
 
 @dataclass(frozen=True)
@@ -154,6 +150,8 @@ def build(config: Config, directory: Path) -> Experiment:
     model = two_tower(_model_config(config, tokenizer, max_length, image_size))
 
     def batches(source: Source, *, training: bool) -> Batches:
+        # Every process evaluates all examples, on its own.
+        share = data_share(config.train) if training else WHOLE_BATCH
         return make_batches(
             source,
             tokenizer=tokenizer,
@@ -165,9 +163,8 @@ def build(config: Config, directory: Path) -> Experiment:
             seed=config.train.seed,
             augmentation=_augmentation(config.data) if training and config.regularizers else None,
             max_corrupt_share=config.data.max_corrupt_share,
-            # Every process evaluates all examples, on its own.
-            process_index=None if training else 0,
-            process_count=None if training else 1,
+            process_index=share.index,
+            process_count=share.count,
         )
 
     def embedded(params: Any, source: Source) -> dict[str, np.ndarray]:
@@ -208,7 +205,7 @@ def build(config: Config, directory: Path) -> Experiment:
         evaluate=evaluate,
         figures=lambda params, folder: _figures(embedded(params, test), test, image_size, folder),
         save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
-        sharding_rules=TENSOR_RULES if "tensor" in config.train.mesh else (),
+        sharding_rules=TRANSFORMER_RULES,
     )
 
 

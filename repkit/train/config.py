@@ -10,7 +10,7 @@ import optax
 from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective
-from repkit.train.mesh import Rules, batch_axes, batch_devices, make_mesh
+from repkit.train.mesh import BatchShare, MeshConfig, Rules, batch_axes, batch_devices, batch_share
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import (
     PMAP_AXIS,
@@ -42,7 +42,7 @@ class TrainConfig:
             of all of them and the exact gradient, see `make_update`.
         ema_decay: decay of the moving average of the parameters, which is then what is evaluated; none for no average.
         placement: `jit` over a mesh, or `pmap`.
-        mesh: sizes by axis name for `jit`; -1 takes the devices that are left.
+        mesh: the axes of the mesh for `jit`.
         log_every: steps between log rows.
         log_term_gradients: whether log rows also hold the norm of each term's own gradient.
         checkpoint_every: steps between checkpoints, each of them after a validation.
@@ -64,7 +64,7 @@ class TrainConfig:
     micro_batches: int = 1
     ema_decay: float | None = None
     placement: Literal["jit", "pmap"] = "jit"
-    mesh: dict[str, int] = field(default_factory=lambda: {"data": -1})
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     log_every: int = 50
     log_term_gradients: bool = False
     checkpoint_every: int = 500
@@ -129,13 +129,20 @@ def check_devices(config: TrainConfig) -> None:
     Raises:
         InputError: if it does not, or if the mesh does not fit the devices.
     """
-    parts = batch_devices(make_mesh(config.mesh)) if config.placement == "jit" else jax.device_count()
+    parts = batch_devices(config.mesh.make()) if config.placement == "jit" else jax.device_count()
     if config.batch_size % (parts * config.parts):
         parts_text = f"{parts} devices" + (f" in {config.parts} parts" if config.parts > 1 else "")
         raise InputError(
             f"train.batch_size={config.batch_size} cannot be split over {parts_text}; "
             f"choose a multiple of {parts * config.parts}"
         )
+
+
+def data_share(config: TrainConfig) -> BatchShare:
+    """The share of each batch that this process reads and feeds."""
+    if config.placement == "pmap":
+        return BatchShare(jax.process_index(), jax.process_count())
+    return batch_share(config.mesh.make())
 
 
 def make_placement(
@@ -160,7 +167,7 @@ def make_placement(
     if config.placement == "pmap":
         functions = _functions(config, init, forward, objective, teacher, axis_name=PMAP_AXIS)
         return pmap_placement(*functions, teacher=teacher)
-    mesh = make_mesh(config.mesh)
+    mesh = config.mesh.make()
     if batch_devices(mesh) > 1:
         objective = objective.over_mesh(mesh, batch_axes(mesh))
     return jit_placement(*_functions(config, init, forward, objective, teacher), mesh, rules=rules, teacher=teacher)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective, Report
-from repkit.train.mesh import Rules, batch_devices, batch_sharding, put_batch, state_shardings
+from repkit.train.mesh import Rules, batch_devices, batch_sharding, batch_share, put_batch, state_shardings
 from repkit.train.micro_batches import every_nth, in_micro_batches
 from repkit.train.state import TrainState
 
@@ -298,7 +298,7 @@ def jit_placement(
         init=jax.jit(make_state, out_shardings=shardings),
         put_state=lambda state: state,
         get_state=lambda state: state,
-        put_batch=lambda batch: put_batch(_divisible(batch, batch_devices(mesh)), mesh),
+        put_batch=lambda batch: put_batch(_divisible(batch, batch_share(mesh).count, batch_devices(mesh)), mesh),
         update=lambda state, batch: jitted(state, batch, teacher_params),
         teacher_params=teacher_params,
         teacher_identity=None if teacher is None else teacher.identity,
@@ -347,15 +347,15 @@ def pmap_placement(
         init=lambda key: put_state(jax.jit(make_state, out_shardings=replicated)(key)),
         put_state=put_state,
         get_state=lambda state: jax.tree.map(lambda x: x[0], state),
-        put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, len(devices)))),
+        put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, 1, len(devices)))),
         update=lambda state, batch: mapped(state, batch, teacher_params),
         teacher_params=teacher_params,
         teacher_identity=None if teacher is None else teacher.identity,
     )
 
 
-def _divisible(batch: Mapping[str, np.ndarray], parts: int) -> Mapping[str, np.ndarray]:
-    rows = len(batch["where"]) * jax.process_count()
+def _divisible(batch: Mapping[str, np.ndarray], shares: int, parts: int) -> Mapping[str, np.ndarray]:
+    rows = len(batch["where"]) * shares
     if rows % parts:
         raise InputError(f"a batch of {rows} rows cannot be split over {parts} devices; choose a multiple of {parts}")
     return batch
