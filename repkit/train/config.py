@@ -1,11 +1,12 @@
 """The settings that every training run has, and what they become: an optimizer and a placement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from repkit.checks import InputError
 from repkit.numerics import AxisName
@@ -20,6 +21,7 @@ from repkit.train.step import (
     Teacher,
     UnplacedUpdate,
     jit_placement,
+    jit_update,
     make_update,
     pmap_placement,
 )
@@ -168,9 +170,45 @@ def make_placement(
         functions = _functions(config, init, forward, objective, teacher, axis_name=PMAP_AXIS)
         return pmap_placement(*functions, teacher=teacher)
     mesh = config.mesh.make()
-    if batch_devices(mesh) > 1:
-        objective = objective.over_mesh(mesh, batch_axes(mesh))
-    return jit_placement(*_functions(config, init, forward, objective, teacher), mesh, rules=rules, teacher=teacher)
+    functions = _functions(config, init, forward, _over_mesh(objective, mesh), teacher)
+    return jit_placement(*functions, mesh, rules=rules, teacher=teacher)
+
+
+def trace_update(
+    config: TrainConfig,
+    init: Callable[[jax.Array], object],
+    forward: Forward,
+    objective: Objective,
+    batch: Batch,
+    devices: Sequence[Any],
+    *,
+    rules: Rules = (),
+    teacher: Teacher | None = None,
+) -> Any:
+    """Traces the very step that `make_placement` places, for devices that need not be there; nothing is computed.
+
+    Args:
+        config: the settings; the placement is `jit`.
+        init: from a key to the model's parameters.
+        forward: the model.
+        objective: the loss terms.
+        batch: a global batch, or the shapes and dtypes of one.
+        devices: of the mesh, such as those of `jax.experimental.topologies`.
+        rules: how leaves of the state are sharded over the mesh.
+        teacher: what gives the step its targets.
+
+    Returns:
+        The `jax.stages.Traced` step, whose arguments are the state, the batch and the teacher's parameters.
+    """
+    mesh = config.mesh.make(devices)
+    functions = _functions(config, init, forward, _over_mesh(objective, mesh), teacher)
+    jitted = jit_update(*functions, mesh, rules=rules, teacher=teacher)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+    return jitted.function.trace(jitted.state, shapes, jitted.teacher_params)
+
+
+def _over_mesh(objective: Objective, mesh: Mesh) -> Objective:
+    return objective.over_mesh(mesh, batch_axes(mesh)) if batch_devices(mesh) > 1 else objective
 
 
 def check_step(

@@ -240,6 +240,52 @@ class Placement(NamedTuple):
     teacher_identity: str | None = None
 
 
+class JittedUpdate(NamedTuple):
+    """An update under `jax.jit` over a mesh, and what it takes beside the batch, of which nothing is placed yet.
+
+    Attributes:
+        function: `function(state, batch, teacher_params)`.
+        state: shapes, dtypes and shardings of the state.
+        teacher_params: those of the teacher's parameters.
+    """
+
+    function: Any
+    state: Any
+    teacher_params: Any
+
+
+def jit_update(
+    update: UnplacedUpdate,
+    make_state: Callable[[Array], TrainState],
+    mesh: Mesh,
+    *,
+    rules: Rules = (),
+    teacher: Teacher | None = None,
+) -> JittedUpdate:
+    """What `jit_placement` places, also for a mesh of devices that are not there; arguments are as for that."""
+
+    def sharded(tree: Any, rules: Rules) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            state_shardings(tree, mesh, rules),
+        )
+
+    state = sharded(jax.eval_shape(make_state, jax.random.key(0)), rules)
+    teacher_params = () if teacher is None else sharded(teacher.abstract_params(), teacher.rules)
+    function = jax.jit(
+        update,
+        in_shardings=(_shardings(state), batch_sharding(mesh), _shardings(teacher_params)),
+        out_shardings=(_shardings(state), NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    return JittedUpdate(function, state, teacher_params)
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def jit_placement(
     update: UnplacedUpdate,
     make_state: Callable[[Array], TrainState],
@@ -277,29 +323,16 @@ def jit_placement(
         >>> print(f"{state.params['w']:.2f}")
         2.97
     """
-    abstract = jax.eval_shape(make_state, jax.random.key(0))
-    shardings = state_shardings(abstract, mesh, rules)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
-    replicated = NamedSharding(mesh, PartitionSpec())
-    teacher_shardings, teacher_params = (), ()
-    if teacher is not None:
-        teacher_shardings = state_shardings(teacher.abstract_params(), mesh, teacher.rules)
-        teacher_params = teacher.put_params(teacher_shardings)
-    jitted = jax.jit(
-        update,
-        in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-    )
+    jitted = jit_update(update, make_state, mesh, rules=rules, teacher=teacher)
+    shardings = _shardings(jitted.state)
+    teacher_params = () if teacher is None else teacher.put_params(_shardings(jitted.teacher_params))
     return Placement(
-        abstract=abstract,
+        abstract=jitted.state,
         init=jax.jit(make_state, out_shardings=shardings),
         put_state=lambda state: state,
         get_state=lambda state: state,
         put_batch=lambda batch: put_batch(_divisible(batch, batch_share(mesh).count, batch_devices(mesh)), mesh),
-        update=lambda state, batch: jitted(state, batch, teacher_params),
+        update=lambda state, batch: jitted.function(state, batch, teacher_params),
         teacher_params=teacher_params,
         teacher_identity=None if teacher is None else teacher.identity,
     )
