@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -11,7 +11,15 @@ from jax.sharding import Mesh
 from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective
-from repkit.train.mesh import BatchShare, MeshConfig, Rules, batch_axes, batch_devices, batch_share
+from repkit.train.mesh import (
+    BatchShare,
+    MeshConfig,
+    Rules,
+    batch_axes,
+    batch_devices,
+    batch_sharding,
+    batch_share,
+)
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import (
     PMAP_AXIS,
@@ -174,6 +182,22 @@ def make_placement(
     return jit_placement(*functions, mesh, rules=rules, teacher=teacher)
 
 
+class TracedUpdate(NamedTuple):
+    """A traced step, with shapes, dtypes and shardings of what it takes.
+
+    Attributes:
+        program: a `jax.stages.Traced`.
+        state: the training state.
+        batch: the global batch.
+        teacher_params: the teacher's parameters.
+    """
+
+    program: Any
+    state: Any
+    batch: Any
+    teacher_params: Any
+
+
 def trace_update(
     config: TrainConfig,
     init: Callable[[jax.Array], object],
@@ -184,7 +208,7 @@ def trace_update(
     *,
     rules: Rules = (),
     teacher: Teacher | None = None,
-) -> Any:
+) -> TracedUpdate:
     """Traces the very step that `make_placement` places, for devices that need not be there; nothing is computed.
 
     Args:
@@ -196,15 +220,14 @@ def trace_update(
         devices: of the mesh, such as those of `jax.experimental.topologies`.
         rules: how leaves of the state are sharded over the mesh.
         teacher: what gives the step its targets.
-
-    Returns:
-        The `jax.stages.Traced` step, whose arguments are the state, the batch and the teacher's parameters.
     """
     mesh = config.mesh.make(devices)
     functions = _functions(config, init, forward, _over_mesh(objective, mesh), teacher)
     jitted = jit_update(*functions, mesh, rules=rules, teacher=teacher)
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    return jitted.function.trace(jitted.state, shapes, jitted.teacher_params)
+    sharding = batch_sharding(mesh)
+    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()}
+    program = jitted.function.trace(jitted.state, rows, jitted.teacher_params)
+    return TracedUpdate(program, jitted.state, rows, jitted.teacher_params)
 
 
 def _over_mesh(objective: Objective, mesh: Mesh) -> Objective:
