@@ -146,9 +146,7 @@ def memory(options: argparse.Namespace) -> Iterator[Row]:
     """The memory of a step by the number of micro-batches, as its compiler plans it."""
     config = model_config(options)
     model, batch = two_tower(config), batch_of(config, options.batch)
-    for count in (1, 2, 4, 8, 16):
-        if options.batch % count:
-            continue
+    for count in options.parts:
         train = TrainConfig(batch_size=options.batch, micro_batches=count)
         traced = trace_update(train, model.init, model.forward, OBJECTIVE, batch, jax.devices()[:1])
         analysis = traced.program.lower().compile().memory_analysis()
@@ -238,6 +236,7 @@ def main() -> None:
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch", type=int, default=64, help="rows of a batch; with scaling, of each device")
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="numbers of micro-batches")
     parser.add_argument("--seconds", type=float, default=5.0, help="of samples, for what is timed")
     parser.add_argument("--trace", type=Path, help="a folder for a trace of the profiler")
     parser.add_argument("--output", type=Path, help="appends the rows as JSON lines")
