@@ -43,10 +43,12 @@ from repkit.evaluate.results import Result
 from repkit.evaluate.retrieval import evaluate_retrieval
 from repkit.models.encoders import TextConfig, VisionConfig
 from repkit.models.fusion import FusionConfig, FusionModel, fusion
+from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
 from repkit.train.checkpoint import CheckpointReader
-from repkit.train.config import TrainConfig
+from repkit.train.config import TrainConfig, data_share
+from repkit.train.mesh import WHOLE_BATCH
 from repkit.train.start import started_from
 from repkit.train.teacher import MomentumTeacher
 from repkit.trained import load_parameters
@@ -198,6 +200,7 @@ def build(config: Config, directory: Path) -> Experiment:
         evaluate=evaluate,
         figures=stage.figures,
         save=language.save,
+        sharding_rules=TRANSFORMER_RULES,
         teacher=(lambda: MomentumTeacher(model.forward)) if config.stage in MATCHED else None,
     )
 
@@ -465,15 +468,16 @@ class _StageParts(NamedTuple):
 
 
 def _batch_options(config: Config, *, training: bool) -> dict[str, Any]:
+    # Every process evaluates all examples, on its own.
+    share = data_share(config.train) if training else WHOLE_BATCH
     return {
         "batch_size": config.train.batch_size if training else EVALUATION_BATCH,
         "image_size": _image_size(config),
         "shuffle": training,
         "repeat": training,
         "seed": config.train.seed,
-        # Every process evaluates all examples, on its own.
-        "process_index": None if training else 0,
-        "process_count": None if training else 1,
+        "process_index": share.index,
+        "process_count": share.count,
     }
 
 

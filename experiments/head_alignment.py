@@ -37,10 +37,12 @@ from repkit.metrics.attention import head_cosines
 from repkit.models.capture import Capture
 from repkit.models.functional import with_learned
 from repkit.models.sequence import SequenceConfig, SequenceModel, sequence_to_sequence
+from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
 from repkit.train.checkpoint import CheckpointReader
-from repkit.train.config import TrainConfig
+from repkit.train.config import TrainConfig, data_share
+from repkit.train.mesh import WHOLE_BATCH
 from repkit.train.teacher import FrozenTeacher
 from repkit.train.teacher_cache import TeacherBatches, TeacherCache, data_identity, open_cache, write_cache
 from repkit.trained import load_run
@@ -186,6 +188,7 @@ def build(config: Config, directory: Path) -> Experiment:
     is_cached = config.method != "none" and config.distillation.cache is not None
 
     def batches(source: SequenceSource, *, training: bool) -> Batches:
+        share = data_share(config.train) if training else WHOLE_BATCH
         return make_sequence_batches(
             source,
             tokenizer=tokenizer,
@@ -197,8 +200,8 @@ def build(config: Config, directory: Path) -> Experiment:
             repeat=training,
             targets=config.targets,
             seed=config.train.seed,
-            process_index=None if training else 0,
-            process_count=None if training else 1,
+            process_index=share.index,
+            process_count=share.count,
         )
 
     def training_batches() -> Batches | TeacherBatches:
@@ -262,6 +265,7 @@ def build(config: Config, directory: Path) -> Experiment:
         evaluate=evaluate,
         figures=figures,
         save=language.save,
+        sharding_rules=TRANSFORMER_RULES,
         teacher=load_teacher if config.method != "none" and not is_cached else None,
         summary=summary if matches else None,
     )

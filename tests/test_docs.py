@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from repkit import losses
 from repkit.data import digit_scenes
+from repkit.train.mesh import MeshConfig, state_shardings
 
 PAGES = Path(__file__).parent.parent / "docs"
 
@@ -55,3 +57,16 @@ def test_the_code_of_the_page_on_reliability_starts_from_a_part_of_a_checkpoint(
     for code in code_of("reliability.md"):
         exec(code, names)
     assert [names["params"]["tower"]["w"].tolist(), names["params"]["head"].tolist()] == [[1, 1, 1], [0, 0]]
+
+
+def test_the_rules_of_the_page_on_scaling_go_before_those_of_the_transformers():
+    names: dict = {}
+    for code in code_of("scaling.md"):
+        exec(code, names)
+    paths = ("text/token_embedding", "image/positions", "image/blocks/0/mlp/up/kernel", "text/blocks/0/mlp/down/kernel")
+    params = {
+        path: jax.ShapeDtypeStruct((64, 64), "float32") for path in (*paths, "image/blocks/0/attention/key/kernel")
+    }
+    shardings = state_shardings(params, MeshConfig(fsdp=2, tensor=2).make(), names["rules"])
+    expected = [("fsdp", "tensor"), (), ("fsdp", "tensor"), ("tensor", "fsdp")]
+    assert [tuple(shardings[path].spec) for path in paths] == expected

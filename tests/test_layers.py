@@ -28,7 +28,8 @@ ALLOWED = {
     "recipe": FOUNDATION | {"config", "lock", "objective", "__init__"},
     "doctor": FOUNDATION | {"losses", "objective", "train", "__init__"},
     "trained": FOUNDATION | {"recipe", "train"},
-    "cli": FOUNDATION | {"config", "recipe", "doctor", "train", "trained", "evaluate", "plots"},
+    "plan": FOUNDATION | {"train"},
+    "cli": FOUNDATION | {"config", "recipe", "doctor", "plan", "train", "trained", "evaluate", "plots"},
     "__init__": set(),
 }
 # The packages that only these rooms or files may import.
