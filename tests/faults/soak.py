@@ -516,7 +516,7 @@ def everything(folder: Path, minutes: int) -> str:
         process = start(
             run, *settings, log=log, nan_at=bad, seconds=0.01, limit=20_000 if fault == "full disk" else None
         )
-        _await_step(log, offset, before + rng.randrange(1, 60), process, seconds=120)
+        _await_step(log, offset, before + rng.randrange(1, 60), process, seconds=1800)
         if fault == "second process":
             second = start(run, *settings, log=folder / "second")
             assert second.wait(600) == 2, "a second process was let in"
@@ -538,6 +538,7 @@ def everything(folder: Path, minutes: int) -> str:
         counts[fault] = counts.get(fault, 0) + 1
     spent = time.monotonic() - began
     final = _latest_good(run)
+    assert final > 0, f"no session came to a checkpoint: {counts}"
     reference = folder / "reference"
     began = time.monotonic()
     process = start(
