@@ -84,7 +84,9 @@ def positive_score(sigma: float, largest: float | None) -> float:
         return sigma**2
 
     def moment(power: int) -> float:
-        return integrate.quad(lambda z: (sigma * z) ** power * np.exp(sigma * z) * stats.norm.pdf(z), -largest, largest)[0]
+        return integrate.quad(
+            lambda z: (sigma * z) ** power * np.exp(sigma * z) * stats.norm.pdf(z), -largest, largest
+        )[0]
 
     return moment(1) / moment(0)
 
