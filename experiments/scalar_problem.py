@@ -3,7 +3,7 @@
 An anchor meets m negatives a step, with scores `theta b`, b ~ N(0, sigma^2), and a positive with score `kappa theta`.
 Over the whole population the contrastive loss is
 
-    L(theta) = -kappa theta + log E exp(theta b),      for normal b and kappa = sigma^2:  theta^2 sigma^2 / 2 - sigma^2 theta
+    L(theta) = -kappa theta + log E exp(theta b) = theta^2 sigma^2 / 2 - sigma^2 theta      for kappa = sigma^2
 
 whose minimum is theta = 1. The parameter is the logit scale of embeddings that have one dimension, so that the losses
 of `repkit.losses` are trained as they are: the anchor is `sqrt(kappa)` and a negative `b / sqrt(kappa)`, in both
