@@ -1,8 +1,8 @@
 """What exact alignment costs: features of two modalities that must be equal, in a world whose information is known.
 
-A text X_T and an image X_V both show a bit a. Beside it each shows a bit of its own through noise, the same bit b
-("shared") or bits b and c ("own"). The label Y is (a through noise, b) or (a through noise, b, c). All is discrete and
-small, so that expectations are sums over all states and every information is known. Of features with Z_T = Z_V
+A text X_T and an image X_V both show a bit a. Beside it they show, through noise, the same bit b ("shared"), bits b and
+c ("own"), or the text alone shows b ("text"). The label Y is (a through noise, b) or (a through noise, b, c). All is
+discrete and small, so that expectations are sums over all states and every information is known. For Z_T = Z_V
 
     excess = min E[CE(h(Z_T, Z_V), Y)] - H(Y | X_T, X_V) >= Delta = |I(X_T; Y) - I(X_V; Y)|        [nats]
 
@@ -28,6 +28,8 @@ from repkit.numerics import normalize
 Joint = Float[np.ndarray, "t v y"]
 """P(X_T, X_V, Y)."""
 
+SecondBit = Literal["shared", "own", "text"]
+
 LABEL_NOISE = 0.1
 """Of the bit that both modalities show, so that no predictor needs unbounded logits."""
 
@@ -37,12 +39,12 @@ class World:
     """Which bits there are, and how well each modality shows its own.
 
     Attributes:
-        second_bit: whether text and image show one more bit, the same, or each its own.
+        second_bit: whether text and image show one more bit, the same, each its own, or the text alone.
         text_noise: probability that the text's is wrong; 0.5 shows nothing.
         image_noise: probability that the image's is.
     """
 
-    second_bit: Literal["shared", "own"]
+    second_bit: SecondBit
     text_noise: float
     image_noise: float
 

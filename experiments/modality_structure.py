@@ -55,11 +55,20 @@ PICTURED = 64
 
 @dataclass(frozen=True)
 class Price:
-    """Part `price`: worlds, penalties on the distance of the features, and seeds."""
+    """Part `price`: worlds, penalties on the distance of the features, and seeds.
 
-    second_bits: tuple[str, ...] = ("shared", "own")
+    Attributes:
+        second_bits: kinds of world.
+        noises: of the image's second bit beside a text of `text_noise`; of the text's where the text alone shows it.
+        text_noise: see `noises`.
+        penalties: factors of the mean squared distance.
+        seeds: of initial values.
+        training: of every run.
+    """
+
+    second_bits: tuple[alignment_price.SecondBit, ...] = ("shared", "own", "text")
+    noises: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     text_noise: float = 0.05
-    image_noises: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     penalties: tuple[float, ...] = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     training: alignment_price.Training = dataclasses.field(default_factory=alignment_price.Training)
@@ -117,7 +126,7 @@ def smoke(study: Study) -> Study:
         work=study.work / "smoke",
         price=dataclasses.replace(
             study.price,
-            image_noises=(0.1, 0.5),
+            noises=(0.1, 0.3),
             penalties=(0.0, 1000.0),
             seeds=(0, 1),
             training=alignment_price.Training(steps=300),
@@ -138,7 +147,7 @@ def price_programs(study: Study) -> Iterator[Program]:
     """The features with each penalty, and those that are equal, one program for each kind of world."""
     part = study.price
     for second_bit in part.second_bits:
-        worlds = [World(second_bit, part.text_noise, noise) for noise in part.image_noises]
+        worlds = [_world(part, second_bit, noise) for noise in part.noises]
         joints = [joint_distribution(world) for world in worlds]
         known = [_known(joint) for joint in joints]
         places = [(world, penalty, seed) for world in worlds for penalty in part.penalties for seed in part.seeds]
@@ -154,6 +163,10 @@ def price_programs(study: Study) -> Iterator[Program]:
                 alignment_price.train_aligned(joints, part.seeds, part.training), known
             ),
         )
+
+
+def _world(part: Price, second_bit: alignment_price.SecondBit, noise: float) -> World:
+    return World("text", noise, 0.5) if second_bit == "text" else World(second_bit, part.text_noise, noise)
 
 
 def _price_settings(world: World, penalty: float | str, seed: int) -> dict[str, Any]:
@@ -250,25 +263,28 @@ def report(study: Study) -> str:
     return text
 
 
-def _price_runs(runs: Runs, second_bit: str, noise: float, penalty: float | str) -> list[Run]:
-    return runs.select(part="price", second_bit=second_bit, image_noise=noise, penalty=penalty)
+def _price_runs(
+    part: Price, runs: Runs, second_bit: alignment_price.SecondBit, noise: float, penalty: float | str
+) -> list[Run]:
+    world = dataclasses.asdict(_world(part, second_bit, noise))
+    return runs.select(part="price", penalty=penalty, **world)
 
 
 def _price_tables(study: Study, runs: Runs) -> Iterator[str]:
     part = study.price
     for second_bit in part.second_bits:
         rows = []
-        for noise in part.image_noises:
-            exact = _price_runs(runs, second_bit, noise, EXACT)
+        for noise in part.noises:
+            exact = _price_runs(part, runs, second_bit, noise, EXACT)
             if not exact:
                 continue
-            penalized = [_price_runs(runs, second_bit, noise, penalty) for penalty in part.penalties]
+            penalized = [_price_runs(part, runs, second_bit, noise, penalty) for penalty in part.penalties]
             known = [f"{exact[0].metrics[name]:.3f}" for name in ("delta", "smallest_aligned_excess")]
-            cells = [f"{_excess(each).mean:.3f}" if each else "" for each in (*penalized, exact)]
+            cells = [f"{max(_excess(each).mean, 0.0):.3f}" if each else "" for each in (*penalized, exact)]
             rows.append([f"{noise:g}", *known, *cells])
         if rows:
             penalties = [f"penalty {penalty:g}" for penalty in part.penalties]
-            header = ["noise of the image", "Delta", "least when aligned", *penalties, "exactly aligned"]
+            header = ["noise", "Delta", "least when aligned", *penalties, "exactly aligned"]
             yield f"## Excess cross-entropy in nats, second bit {second_bit}\n\n{markdown_table(header, rows)}"
 
 
@@ -308,11 +324,11 @@ def _draw_price(study: Study, runs: Runs) -> None:
     part = study.price
     shown = part.second_bits[0]
     series, bounds = {}, []
-    for noise in part.image_noises:
-        exact = _price_runs(runs, shown, noise, EXACT)
+    for noise in part.noises:
+        exact = _price_runs(part, runs, shown, noise, EXACT)
         if not exact:
             return
-        excesses = [_excess(_price_runs(runs, shown, noise, penalty)) for penalty in part.penalties]
+        excesses = [_excess(_price_runs(part, runs, shown, noise, penalty)) for penalty in part.penalties]
         delta = exact[0].metrics["delta"]
         series[f"Delta = {delta:.2f}"] = figures.Line(range(len(excesses) + 1), [*excesses, _excess(exact)])
         bounds.append(delta)
@@ -321,8 +337,9 @@ def _draw_price(study: Study, runs: Runs) -> None:
     for index, delta in enumerate(bounds):
         left.axhline(delta, color=figures.COLOURS[index], linewidth=0.7, linestyle=":")
     left.set_xticks(range(len(part.penalties) + 1), [*(f"{penalty:g}" for penalty in part.penalties), EXACT])
-    left.legend(fontsize=7, frameon=False, loc="upper left")
-    title = "both show the same second bit; dotted: Delta"
+    left.legend(fontsize=6.5, frameon=False, loc="upper left", ncols=2)
+    title = "both show the same second bit; dotted: the bound"
+    left.set_ylim(-0.03, 1.25 * max(each.mean for line in series.values() for each in line.y))
     figures.finish(left, title=title, x="penalty on the distance of the features", y="excess cross-entropy (nats)")
     _draw_bound(right, part, runs)
     figures.save(figure, study.results / "price.png")
@@ -333,10 +350,13 @@ def _draw_bound(axes: "Axes", part: Price, runs: Runs) -> None:
     largest = 0.0
     for index, second_bit in enumerate(part.second_bits):
         for penalty, is_filled in ((EXACT, True), (part.penalties[0], False)):
-            found = [run for noise in part.image_noises for run in _price_runs(runs, second_bit, noise, penalty)]
+            found = [run for noise in part.noises for run in _price_runs(part, runs, second_bit, noise, penalty)]
             deltas, excesses = ([run.metrics[name] for run in found] for name in ("delta", "excess"))
             largest = max([largest, *deltas])
-            colour, kind = figures.COLOURS[3 * index], "exactly aligned" if is_filled else "no penalty"
+            colour, kind = (
+                (figures.VERMILION, figures.BLUE, figures.GREEN)[index],
+                "exactly aligned" if is_filled else "no penalty",
+            )
             style = {
                 "edgecolors": colour,
                 "facecolors": colour if is_filled else "none",
