@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 COLOURS = (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY)
 MARKERS = "os^Dvx"
+PALE_BLUE = "#88CCEE"
 
 
 class Line(NamedTuple):
@@ -41,9 +42,18 @@ def lines(axes: "Axes", series: Mapping[str, Line]) -> None:
     """Draws each series with its intervals; series that coincide stay visible by their markers."""
     for index, (name, line) in enumerate(series.items()):
         widths = [each.half_width if np.isfinite(each.half_width) else 0.0 for each in line.y]
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2, "capsize": 2, "alpha": 0.9}
-        axes.errorbar(line.x, [each.mean for each in line.y], yerr=widths, label=name, **style)
+        axes.errorbar(
+            line.x,
+            [each.mean for each in line.y],
+            yerr=widths,
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            alpha=0.9,
+        )
 
 
 def finish(axes: "Axes", *, title: str, x: str, y: str) -> None:

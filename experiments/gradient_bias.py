@@ -390,20 +390,21 @@ def _half_batches(part: Scenes, runs: Runs, metric: str) -> Iterator[str]:
 
 def _draw_courses(study: Study, runs: Runs) -> None:
     sigma, negatives = study.optimum.shown
-    groups = {"conventional": ("decoupled", figures.BLUE), "ours": ("gamma_sampled", figures.VERMILION)}
+    colours = {"decoupled": figures.BLUE, "info_nce": figures.PALE_BLUE, "gamma_sampled": figures.VERMILION}
     found = {
-        name: runs.select(part="optimum", method=method, sigma=sigma, negatives=negatives, variant="plain")
-        for name, (method, _) in groups.items()
+        method: runs.select(part="optimum", method=method, sigma=sigma, negatives=negatives, variant="plain")
+        for method in colours
+        if method in study.optimum.methods
     }
     if not all(found.values()):
         return
     figure, (axes,) = figures.panels(1, width=5.4, height=3.8)
-    for name, courses in found.items():
+    for method, courses in found.items():
         for index, run in enumerate(courses):
             steps = sorted(int(key.removeprefix("step_")) for key in run.metrics if key.startswith("step_"))
             values = [run.settings["start"], *(run.metrics[f"step_{step}"] for step in steps)]
-            label = f"{name} ({TITLES[groups[name][0]]})" if index == 0 else None
-            axes.plot([1, *steps], values, color=groups[name][1], linewidth=0.9, alpha=0.8, label=label)
+            label = TITLES[method] if index == 0 else None
+            axes.plot([1, *steps], values, color=colours[method], linewidth=0.9, alpha=0.8, label=label)
     axes.axhline(1.0, color=figures.INK, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.legend(fontsize=7, frameon=False)
@@ -427,11 +428,20 @@ def _draw_sweep(study: Study, runs: Runs) -> None:
                     middle.append(np.median(ends))
                     low.append(np.median(ends) - min(ends))
                     high.append(max(ends) - np.median(ends))
-            style = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index], "markersize": 3.5}
-            axes.errorbar(places, middle, yerr=(low, high), linewidth=1, capsize=2, label=TITLES[method], **style)
+            axes.errorbar(
+                places,
+                middle,
+                yerr=(low, high),
+                label=TITLES[method],
+                color=figures.COLOURS[index],
+                marker=figures.MARKERS[index],
+                markersize=3.5,
+                linewidth=1,
+                capsize=2,
+            )
         axes.axhline(1.0, color=figures.INK, linewidth=0.8, linestyle="--")
         axes.set_yscale("symlog", linthresh=2)
-        axes.set_ylim(-1, 300)
+        axes.set_ylim(0, 300)
         figures.finish(axes, title=f"{negatives} negatives", x="sigma", y="where it ends: median, range")
     row[0].legend(fontsize=6, frameon=False, loc="upper left")
     figures.save(figure, study.results / "optimum_sweep.png")

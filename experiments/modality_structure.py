@@ -357,12 +357,15 @@ def _draw_bound(axes: "Axes", part: Price, runs: Runs) -> None:
                 (figures.VERMILION, figures.BLUE, figures.GREEN)[index],
                 "exactly aligned" if is_filled else "no penalty",
             )
-            style = {
-                "edgecolors": colour,
-                "facecolors": colour if is_filled else "none",
-                "marker": figures.MARKERS[index],
-            }
-            axes.scatter(deltas, excesses, s=22, label=f"second bit {second_bit}, {kind}", **style)
+            axes.scatter(
+                deltas,
+                excesses,
+                s=22,
+                edgecolors=colour,
+                facecolors=colour if is_filled else "none",
+                marker=figures.MARKERS[index],
+                label=f"second bit {second_bit}, {kind}",
+            )
     ends = (0.0, 1.1 * largest)
     axes.plot(ends, ends, color=figures.INK, linewidth=0.9, linestyle="--", label="bound: excess = Delta")
     axes.fill_between(ends, ends, color=figures.GREY, alpha=0.12, linewidth=0)

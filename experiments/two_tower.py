@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -378,7 +379,7 @@ def _needs_views(config: Config) -> bool:
 
 def _geometry(rows: dict[str, np.ndarray]) -> dict[str, float]:
     """Where the embeddings of both modalities lie."""
-    images, texts = rows["image_embeds"], rows["text_embeds"]
+    images, texts = jnp.asarray(rows["image_embeds"]), jnp.asarray(rows["text_embeds"])
     values = {"modality_gap": modality_gap(images, texts), "alignment": alignment(images, texts)}
     for modality, embeds in (("image", images), ("text", texts)):
         values |= {f"{modality}/uniformity": uniformity(embeds), f"{modality}/effective_rank": effective_rank(embeds)}
