@@ -209,7 +209,9 @@ def _gradient_programs(part: Gradient) -> Iterator[Program]:
             for estimator in part.estimators:
                 settings = {"part": "gradient", "estimator": estimator, "negatives": negatives, "seed": seed}
 
-                def make(estimator=estimator, negatives=negatives, seed=seed) -> list[Mapping[str, float]]:
+                def make(
+                    estimator: Estimator = estimator, negatives: int = negatives, seed: int = seed
+                ) -> list[Mapping[str, float]]:
                     return [mean_gradient.measure(estimator, part.encoders, negatives=negatives, seed=seed)._asdict()]
 
                 yield Program([settings], make)

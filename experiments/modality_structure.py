@@ -213,7 +213,7 @@ def keep_features(experiment: Experiment, params: Any, path: Path) -> None:
         for name, values in features.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **views)
+    np.savez_compressed(path, allow_pickle=False, **views)
 
 
 def _features_file(study: Study, method: str) -> Path:
