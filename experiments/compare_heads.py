@@ -10,16 +10,20 @@ every run as a JSON line, the tables, and the figures.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import os
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.head_alignment import MAIN_METRIC
-from experiments.study import Run, Runs, interval, markdown_table, paired_difference
+from experiments.study import Run, Runs, interval, markdown_table, paired_difference, run_missing
 from repkit import plots
 from repkit.cli import main as repkit_command
 from repkit.evaluate.results import read_results
@@ -31,19 +35,17 @@ METRIC_TITLES = {
     "captions": "captions: CIDEr-D",
     "translation": "translation: BLEU-4",
 }
-PRETRAINING_TASK = "captions"
+PRETRAINING_TASK = "grounding"
 """What a teacher with multimodal pre-training has learned before its task."""
 
 OURS = ("amad_mse", "amad_kl", "amad_token_kl")
-BASELINES = ("none", "logits", "one_to_one_mse", "one_to_one_kl", "mean_head", "merged_head", "mixed_head")
+BASELINES = ("none", "logits", "one_to_one_kl", "mean_head", "merged_head")
 TITLES = {
     "none": "no distillation",
     "logits": "logits only",
-    "one_to_one_mse": "one to one, squared",
     "one_to_one_kl": "one to one, KL",
     "mean_head": "mean over heads",
     "merged_head": "merged heads (SHD)",
-    "mixed_head": "learned mixer (A2D)",
     "amad_mse": "AMAD V1",
     "amad_kl": "AMAD V2",
     "amad_token_kl": "AMAD V4",
@@ -65,6 +67,7 @@ class Study:
         common: settings of all runs, NAME=VALUE.
         teacher: settings of the teachers.
         student: settings of the students.
+        workers: how many students are trained at a time.
         smoke: whether the recipe's smallest setting is taken.
     """
 
@@ -73,7 +76,7 @@ class Study:
     tasks: tuple[str, ...] = ("questions", "captions", "translation")
     heads: tuple[int, ...] = (2, 4)
     methods: tuple[str, ...] = (*BASELINES, *OURS)
-    without_pretraining: tuple[str, ...] = ("none", "logits", "one_to_one_kl", "amad_mse", "amad_kl", "amad_token_kl")
+    without_pretraining: tuple[str, ...] = ("logits", "one_to_one_kl", "amad_kl")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     common: tuple[str, ...] = ("model.patch_size=8",)
     teacher: tuple[str, ...] = ("train.steps=12000", "train.checkpoint_every=4000", "train.log_every=500")
@@ -86,6 +89,7 @@ class Study:
         "train.checkpoint_every=1500",
         "train.log_every=500",
     )
+    workers: int = 1
     smoke: bool = False
 
 
@@ -113,31 +117,38 @@ def student_settings(study: Study) -> Iterator[dict[str, Any]]:
         for task in study.tasks:
             for heads in study.heads:
                 for pretrained in (True, False):
-                    # Captions are what the others are pre-trained on.
-                    if pretrained and task == PRETRAINING_TASK:
-                        continue
-                    methods = study.methods if pretrained or task == PRETRAINING_TASK else study.without_pretraining
-                    for method in methods:
+                    for method in study.methods if pretrained else study.without_pretraining:
                         yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
 
 
 def run_all(study: Study, minutes: float) -> bool:
     """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
+    _keep_programs(study.work / "programs")
     runs = Runs(study.results / "runs.jsonl")
-    start = time.monotonic()
-    for settings in student_settings(study):
-        if settings in runs:
-            continue
-        if time.monotonic() - start > 60 * minutes:
-            return False
-        teacher = train_teacher(study, runs, settings["task"], pretrained=settings["pretrained"])
-        runs.run(settings, lambda settings=settings, teacher=teacher: train_student(study, settings, teacher))
-    return True
+    students = list(student_settings(study))
+    teachers = {(each["task"], each["pretrained"]): None for each in students if each not in runs}
+    for task, pretrained in teachers:
+        train_teacher(study, runs, task, pretrained=pretrained)
+    make = functools.partial(train_student, study)
+    return run_missing(runs, students, make, workers=study.workers, minutes=minutes, tell=_tell)
+
+
+def _keep_programs(folder: Path) -> None:
+    """Keeps compiled programs, unless the environment says where: runs that differ in their seed are one program."""
+    # Workers read the environment; this process has read it.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    kept = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.resolve()))
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def _tell(run: Run) -> None:
+    metric = MAIN_METRIC[run.settings["task"]]
+    print(", ".join(f"{name} {value}" for name, value in run.settings.items()), f"{metric} {run.metrics[metric]:.4f}")
 
 
 def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> Path:
     """The run directory of the teacher of a task, trained if it is not there; it needs the captions' for a start."""
-    folder = study.work / f"teacher_{task}{'_pretrained' if pretrained else ''}"
+    folder = teacher_folder(study, task, pretrained=pretrained)
     start = [f"start={train_teacher(study, runs, PRETRAINING_TASK, pretrained=False)}"] if pretrained else []
     settings = {"task": task, "role": "teacher", "pretrained": pretrained}
     if settings not in runs or not (folder / "results.jsonl").exists():
@@ -146,13 +157,28 @@ def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> P
     return folder
 
 
-def train_student(study: Study, settings: Mapping[str, Any], teacher: Path) -> dict[str, float]:
+def teacher_folder(study: Study, task: str, *, pretrained: bool) -> Path:
+    """Where the teacher of a task is."""
+    return study.work / f"teacher_{task}{'_pretrained' if pretrained else ''}"
+
+
+def train_student(study: Study, settings: Mapping[str, Any]) -> dict[str, float]:
     """Trains and evaluates a student."""
-    folder = study.work / "_".join(f"{name}-{value}" for name, value in settings.items())
+    folder = student_folder(study, settings)
+    teacher = teacher_folder(study, settings["task"], pretrained=settings["pretrained"])
     own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={settings['method']}"]
     own += [f"model.heads={settings['heads']}", f"train.seed={settings['seed']}"]
-    train(study, folder, [*own, *study.student])
-    return evaluate(folder)
+    own += [f"distillation.cache={teacher / 'said'}", "targets=commonest"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lines of several students at a time would be mixed up.
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+        train(study, folder, [*own, *study.student])
+        return evaluate(folder)
+
+
+def student_folder(study: Study, settings: Mapping[str, Any]) -> Path:
+    """Where a student is."""
+    return study.work / "_".join(f"{name}-{value}" for name, value in settings.items())
 
 
 def train(study: Study, folder: Path, settings: Iterable[str]) -> None:
@@ -169,8 +195,8 @@ def evaluate(folder: Path) -> dict[str, float]:
     code = repkit_command(["evaluate", str(folder)])
     if code:
         raise SystemExit(code)
-    (result,) = read_results(folder / "results.jsonl")
-    return result.metrics
+    # An evaluation that was interrupted before its run was kept is made again, and adds a second line.
+    return read_results(folder / "results.jsonl")[-1].metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +273,8 @@ def _column_title(heads: int, pretrained: bool) -> str:
 
 
 def _select(runs: Runs, task: str, method: str, heads: int, pretrained: bool) -> list[Run]:
-    return runs.select(task=task, method=method, heads=heads, pretrained=pretrained)
+    # Without distillation it is all one which teacher there is, and no student of the plain one was trained for it.
+    return runs.select(task=task, method=method, heads=heads, pretrained=pretrained or method == "none")
 
 
 def _cell(runs: Sequence[Run], metric: str) -> str:
@@ -273,7 +300,7 @@ def _draw_alignment(study: Study, runs: Runs) -> None:
     """Draws the heads of the first seed's students beside the teacher's, without and with alignment."""
     for method in ("none", "one_to_one_kl", "amad_kl"):
         for settings in student_settings(study):
-            folder = study.work / "_".join(f"{name}-{value}" for name, value in settings.items())
+            folder = student_folder(study, settings)
             if settings["method"] == method and settings in runs and (folder / "checkpoints").exists():
                 repkit_command(["plot", str(folder)])
                 source = folder / "figures" / "head_alignment.png"
@@ -287,13 +314,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
     parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--workers", type=int, default=1, help="students that are trained at a time")
     parser.add_argument("--task", choices=MAIN_METRIC, help="only this task")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs")
     options = parser.parse_args(arguments)
     study = smoke(Study()) if options.smoke else Study()
     if options.task:
         study = dataclasses.replace(study, tasks=(options.task,))
-    study = dataclasses.replace(study, common=(*study.common, *options.set))
+    study = dataclasses.replace(study, common=(*study.common, *options.set), workers=options.workers)
     is_complete = options.report or run_all(study, options.minutes)
     print(report(study))
     if not is_complete:

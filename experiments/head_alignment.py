@@ -9,9 +9,11 @@
 comparison of the methods.
 """
 
+import fcntl
 import functools
 import json
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +25,7 @@ import numpy as np
 
 from repkit import losses, plots
 from repkit.checks import InputError
-from repkit.data.pipeline import Batches, make_sequence_batches
+from repkit.data.pipeline import Batches, Targets, make_sequence_batches
 from repkit.data.scene_demands import TASK_IMAGE_SIZE
 from repkit.data.sequence_sources import SequenceSource, scene_task_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -38,9 +40,10 @@ from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
 from repkit.train.config import TrainConfig
 from repkit.train.teacher import FrozenTeacher
+from repkit.train.teacher_cache import TeacherBatches, TeacherCache, data_identity, open_cache, write_cache
 from repkit.trained import load_run
 
-Task = Literal["questions", "captions", "translation"]
+Task = Literal["questions", "captions", "translation", "grounding"]
 Method = Literal[
     "none",
     "logits",
@@ -60,8 +63,18 @@ Kind = Literal["encoder", "decoder", "cross"]
 
 TOKENIZER_FILE, LONGEST_FILE = "tokenizer.json", "longest_texts.json"
 EVALUATION_BATCH = 256
-EVALUATE = {"questions": evaluate_answers, "captions": evaluate_captions, "translation": evaluate_translations}
-MAIN_METRIC: dict[str, str] = {"questions": "vqa_accuracy", "captions": "cider_d", "translation": "bleu4"}
+EVALUATE = {
+    "questions": evaluate_answers,
+    "captions": evaluate_captions,
+    "translation": evaluate_translations,
+    "grounding": evaluate_translations,
+}
+MAIN_METRIC: dict[str, str] = {
+    "questions": "vqa_accuracy",
+    "captions": "cider_d",
+    "translation": "bleu4",
+    "grounding": "exact_match",
+}
 VOCABULARY_SIZE = 512
 MOST_SOURCE_TOKENS, MOST_TARGET_TOKENS = 32, 64
 """Rows of the position tables: the same for all tasks, so that a model of one task can start from one of another."""
@@ -98,6 +111,8 @@ class DistillationConfig:
         logit_temperature: of this divergence.
         attention_weight: of the term that the method adds to it, beside the task's loss; none for the method's own.
         alignment_temperature: of the softmax over student heads.
+        cache: folder where the teacher's outputs on the training examples are kept; the first run that takes an output
+            writes it, and the teacher does not run in the step. None lets it run there. Needs `targets=commonest`.
     """
 
     kinds: tuple[Kind, ...] = ("encoder", "cross")
@@ -106,6 +121,7 @@ class DistillationConfig:
     logit_temperature: float = 2.0
     attention_weight: float | None = None
     alignment_temperature: float = 1.0
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +129,13 @@ class Config:
     """The run.
 
     Attributes:
-        task: what is generated: answers, captions or translations.
+        task: what is generated: answers, captions, translations, or what is where, which a model is pre-trained on.
         role: `teacher` trains a model alone; `student` one that has a teacher, also with `method=none`.
         teacher: run directory of the teacher; its tokenizer is the student's.
         method: what the student learns from it.
         start: run directory of a model of the same shapes whose parameters are the initial ones; none for random ones.
         examples: of the training split that are used; none for all.
+        targets: which of an example's target texts is trained on, see `repkit.data.pipeline.make_sequence_batches`.
         directory: where TFDS keeps prepared data; none for its own default.
         beams: hypotheses that decoding keeps.
     """
@@ -129,6 +146,7 @@ class Config:
     method: Method = "none"
     start: str | None = None
     examples: int | None = None
+    targets: Targets = "drawn"
     directory: str | None = None
     beams: int = 1
     model: ModelConfig = ModelConfig()
@@ -160,6 +178,8 @@ def build(config: Config, directory: Path) -> Experiment:
     matches = _matches(config)
     model = _model(config, tokenizer, Capture(**required_captures(matches).student) if matches else Capture())
     model = with_learned(model, _learned(config, matches))
+    objective = _objective(config, matches)
+    is_cached = config.method != "none" and config.distillation.cache is not None
 
     def batches(source: SequenceSource, *, training: bool) -> Batches:
         return make_sequence_batches(
@@ -171,10 +191,17 @@ def build(config: Config, directory: Path) -> Experiment:
             max_target_length=lengths[1],
             shuffle=training,
             repeat=training,
+            targets=config.targets,
             seed=config.train.seed,
             process_index=None if training else 0,
             process_count=None if training else 1,
         )
+
+    def training_batches() -> Batches | TeacherBatches:
+        if not is_cached:
+            return batches(train, training=True)
+        cache = _teacher_cache(config, load_teacher(), objective.teacher_paths(), train, batches)
+        return TeacherBatches(batches(train, training=True), cache)
 
     def generated(params: Any, source: SequenceSource) -> dict[int, str]:
         def generate(params: Any, batch: Any) -> Any:
@@ -218,14 +245,14 @@ def build(config: Config, directory: Path) -> Experiment:
     return Experiment(
         init=_initial(config, model),
         forward=model.forward,
-        objective=_objective(config, matches),
-        batches=functools.partial(batches, train, training=True),
+        objective=objective,
+        batches=training_batches,
         validate=validate,
         best_metric=f"validation/{MAIN_METRIC[config.task]}",
         evaluate=evaluate,
         figures=figures,
         save=language.save,
-        teacher=load_teacher if config.method != "none" else None,
+        teacher=load_teacher if config.method != "none" and not is_cached else None,
         summary=summary if matches else None,
     )
 
@@ -239,6 +266,10 @@ def _check(config: Config) -> None:
     if config.teacher is not None and _teacher_config(config).task != config.task:
         task = _teacher_config(config).task
         raise InputError(f"the teacher in '{config.teacher}' is for task={task}, got task={config.task}")
+    if config.distillation.cache is not None and config.targets != "commonest":
+        raise InputError(
+            "distillation.cache keeps what the teacher says of an example with one target text; add targets=commonest"
+        )
 
 
 @functools.cache
@@ -373,6 +404,26 @@ def _load_teacher(config: Config, matches: list[Match]) -> FrozenTeacher:
     capture = Capture(**required_captures(matches).teacher) if matches else Capture()
     model = _model(run.config, load_tokenizer(run.directory.path / TOKENIZER_FILE), capture)
     return FrozenTeacher(model.forward, jax.device_get(_own_params(run.params)))
+
+
+def _teacher_cache(
+    config: Config,
+    teacher: FrozenTeacher,
+    paths: Sequence[str],
+    source: SequenceSource,
+    batches: Callable[..., Batches],
+) -> TeacherCache:
+    """Opens the folder of these outputs, and writes it first where it is not there."""
+    assert config.distillation.cache is not None
+    folder = Path(config.distillation.cache) / f"{zlib.crc32(' '.join(paths).encode()):08x}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    data = data_identity(source)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Runs that begin together wait for the one that writes.
+        if not folder.exists():
+            with batches(source, training=False) as rows:
+                write_cache(folder, teacher, rows, paths=paths, examples=len(source), data=data)
+    return open_cache(folder, teacher=teacher.identity, data=data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ runs that are missing. Methods are compared seed by seed, because runs of one se
 values, so that their difference varies less than either.
 """
 
+import concurrent.futures
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +74,65 @@ class Runs:
     def select(self, **settings: Any) -> list[Run]:
         """The runs whose settings include these."""
         return [run for run in self if all(run.settings.get(name) == value for name, value in settings.items())]
+
+
+def run_missing(
+    runs: Runs,
+    settings: Iterable[Settings],
+    make: Callable[[Settings], Mapping[str, float]],
+    *,
+    workers: int = 1,
+    minutes: float = float("inf"),
+    tell: Callable[[Run], None] = lambda run: None,
+) -> bool:
+    """Makes the runs that are missing, some at a time, each in a process with a share of the processors of its own.
+
+    Several small models at once use the processors better than one after the other on all of them.
+
+    Args:
+        runs: the finished ones; each new one is kept as soon as it is finished.
+        settings: all runs, in the order in which they are to begin.
+        make: from settings to metrics; with several workers a function of a module, or a `functools.partial` of one.
+        workers: how many runs there are at a time; one runs in this process.
+        minutes: no run begins after this time.
+        tell: is called with each run as it is finished.
+
+    Returns:
+        Whether all runs are there.
+    """
+    end = time.monotonic() + 60 * minutes
+    missing = iter([each for each in settings if each not in runs])
+    if workers == 1:
+        for each in missing:
+            if time.monotonic() > end:
+                return False
+            tell(runs.run(each, lambda each=each: make(each)))
+        return True
+    context = multiprocessing.get_context("spawn")  # a fork of a process whose JAX has threads hangs
+    places = context.Queue()
+    for worker in range(workers):
+        places.put(worker)
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_take_processors, initargs=(places, workers)
+    ) as pool:
+        running: dict[concurrent.futures.Future[Mapping[str, float]], Settings] = {}
+        while True:
+            while len(running) < workers and time.monotonic() < end and (each := next(missing, None)) is not None:
+                running[pool.submit(make, each)] = each
+            if not running:
+                return next(missing, None) is None
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                tell(runs.run(running.pop(future), future.result))
+
+
+def _take_processors(places: "multiprocessing.Queue[int]", workers: int) -> None:
+    """Leaves a worker the processors that are its own; XLA makes as many threads."""
+    if hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        share = max(len(processors) // workers, 1)
+        start = places.get() * share % len(processors)
+        os.sched_setaffinity(0, processors[start : start + share])
 
 
 def _read(path: Path) -> Iterable[Run]:

@@ -6,15 +6,44 @@ from pathlib import Path
 import pytest
 
 from repkit import losses
+from repkit.data import digit_scenes
+
+PAGES = Path(__file__).parent.parent / "docs"
+
+
+def code_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
 
 
 @pytest.mark.slow
 def test_the_code_of_the_page_on_losses_gives_one_value_on_eight_devices_and_on_one():
-    page = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
     values = []
     names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    for code in code_of("losses.md"):
         exec(code, names)
         values += [float(names.pop("value"))] if "value" in names else []
     expected = losses.info_nce(names["image"], names["text"], logit_scale=10.0, form="plain")
     assert values == pytest.approx([float(expected)] * 2)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_data_gives_the_batches_that_its_table_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for sizes in ("SPLIT_SIZES", "TASK_SPLIT_SIZES"):
+        monkeypatch.setattr(digit_scenes, sizes, {"train": 60, "validation": 12, "test": 24})
+    rows = {"example_id", "where"}
+    tokens = {"image", "token_ids", "token_mask"} | rows
+    expected = [
+        tokens | {"caption_id"},
+        {"image", "source_ids", "source_mask", "target_ids", "target_mask"} | rows,
+        tokens | {"label"},
+        tokens | {"label", "second_image"},
+        tokens | {"label", "second_image"},
+        tokens | {"label"},
+    ]
+    names: dict = {}
+    found = []
+    for code in code_of("data.md"):
+        exec(code, names)
+        found += [set(names.pop("batch"))] if "batch" in names else []
+    assert found == expected

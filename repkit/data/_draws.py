@@ -1,5 +1,6 @@
 """Random numbers by position: whatever is random about an example follows from the seed and its position alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,3 +35,13 @@ def drawn_texts(groups: Sequence[Sequence[str]], seed: int, position: int) -> li
 def first_texts(groups: Sequence[Sequence[str]]) -> list[str]:
     """The first text of each group; of an empty group the empty text."""
     return [group[0] if group else "" for group in groups]
+
+
+def commonest_texts(groups: Sequence[Sequence[str]]) -> list[str]:
+    """The most frequent text of each group, the first of those that are; of an empty group the empty text.
+
+    >>> commonest_texts([["a", "b", "b"], ["c", "d"], []])
+    ['b', 'c', '']
+    """
+    # Counter keeps the order in which texts came, and the sort behind most_common is stable.
+    return [Counter(group).most_common(1)[0][0] if group else "" for group in groups]

@@ -1,11 +1,12 @@
-"""What the rows of a batch hold: one class for image-caption pairs, one for the sequences of generation tasks.
+"""What the rows of a batch hold: one class for image-caption pairs, one for the sequences of generation tasks, and
+one for classification tasks.
 
-Image, index and `where` are the same for all and belong to the pipeline.
+Images, index and `where` are the same for all and belong to the pipeline.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -13,11 +14,13 @@ from jaxtyping import Bool, Int32, UInt8
 from repkit.data._draws import (
     IMAGE_AUGMENTATION,
     TEXT_AUGMENTATION,
+    commonest_texts,
     drawn_texts,
     first_texts,
     generator_at,
 )
 from repkit.data.augment import IMAGE_DRAWS, TEXT_DRAWS, Augmentation, augment_images, augment_texts
+from repkit.data.class_sources import IMAGE_NAMES, ClassSource, LabelledText
 from repkit.data.images import CorruptExampleError
 from repkit.data.sequence_sources import SequenceSource, Texts
 from repkit.data.sources import Source
@@ -25,16 +28,24 @@ from repkit.data.tokenizer import Tokenizer
 
 Content = TypeVar("Content")
 
+Targets = Literal["drawn", "commonest"]
+"""Which of an example's target texts is trained on: another one each time, or always the most frequent."""
+
 
 class Read(NamedTuple):
-    """An example as it was read: its encoded image, and where it comes from in words."""
+    """An example as it was read: its encoded images by the names of their columns, and where it comes from in words."""
 
-    image: bytes | np.ndarray
+    images: Mapping[str, bytes | np.ndarray]
     origin: str
 
 
 class Rows(Protocol[Content]):
-    """How the examples of a source become columns of a batch. `Content` is what an example holds beside its image."""
+    """How the examples of a source become columns of a batch. `Content` is what an example holds beside its images."""
+
+    @property
+    def image_names(self) -> Sequence[str]:
+        """The columns that hold images."""
+        ...
 
     def __len__(self) -> int:
         """Examples of the source."""
@@ -45,13 +56,13 @@ class Rows(Protocol[Content]):
         ...
 
     def content(self, index: int) -> Content:
-        """What an example holds beside its image, which is not read."""
+        """What an example holds beside its images, which are not read."""
         ...
 
     def columns(
-        self, contents: Sequence[Content], images: UInt8[np.ndarray, "b s s 3"], position: int
+        self, contents: Sequence[Content], images: Mapping[str, UInt8[np.ndarray, "b s s 3"]], position: int
     ) -> dict[str, np.ndarray]:
-        """The columns, of as many rows as there are images, of which the first stands at `position` in the run."""
+        """The columns, of as many rows as the images', of which the first stands at `position` in the run."""
         ...
 
 
@@ -64,6 +75,8 @@ class Pair(NamedTuple):
 
 class PairRows:
     """Rows of image-caption pairs: one caption each, and what augmentation adds."""
+
+    image_names = ("image",)
 
     def __init__(
         self,
@@ -89,24 +102,25 @@ class PairRows:
         record = self._source[index]
         if not record["captions"]:
             raise CorruptExampleError(f"{record['origin']}: there is no caption")
-        return Read(record["image"], record["origin"]), Pair(record["captions"], record.get("label", 0))
+        return Read({"image": record["image"]}, record["origin"]), Pair(record["captions"], record.get("label", 0))
 
     def content(self, index: int) -> Pair:
         return Pair(self._source.captions(index), 0)
 
     def columns(
-        self, contents: Sequence[Pair], images: UInt8[np.ndarray, "b s s 3"], position: int
+        self, contents: Sequence[Pair], images: Mapping[str, UInt8[np.ndarray, "b s s 3"]], position: int
     ) -> dict[str, np.ndarray]:
+        image = images["image"]
         groups = [pair.captions for pair in contents]
         captions = drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
         columns = {
-            "caption_id": filled_column([caption_hash(caption) for caption in captions], len(images)),
-            **self._encoded("", captions, len(images)),
+            "caption_id": filled_column([caption_hash(caption) for caption in captions], len(image)),
+            **self._encoded("", captions, len(image)),
         }
         if self._source.has_labels:
-            columns["label"] = filled_column([pair.label for pair in contents], len(images))
+            columns["label"] = filled_column([pair.label for pair in contents], len(image))
         if self._augmentation is not None:
-            columns |= self._augmented(images, captions, position, self._augmentation)
+            columns |= self._augmented(image, captions, position, self._augmentation)
         return columns
 
     def _augmented(
@@ -128,6 +142,8 @@ class PairRows:
 class SequenceRows:
     """Rows of generation tasks: the source text, and one target text each."""
 
+    image_names = ("image",)
+
     def __init__(
         self,
         source: SequenceSource,
@@ -135,6 +151,7 @@ class SequenceRows:
         tokenizer: Tokenizer,
         max_source_length: int,
         max_target_length: int,
+        targets: Targets,
         seed: int,
         repeat: bool,
     ):
@@ -142,6 +159,7 @@ class SequenceRows:
         self._tokenizer = tokenizer
         self._max_source_length = max_source_length
         self._max_target_length = max_target_length
+        self._targets = targets
         self._seed = seed
         self._repeat = repeat
 
@@ -152,18 +170,18 @@ class SequenceRows:
         record = self._source[index]
         if not record["target_texts"]:
             raise CorruptExampleError(f"{record['origin']}: there is no target text")
-        return Read(record["image"], record["origin"]), Texts(record["source_text"], record["target_texts"])
+        return Read({"image": record["image"]}, record["origin"]), Texts(record["source_text"], record["target_texts"])
 
     def content(self, index: int) -> Texts:
         return self._source.texts(index)
 
     def columns(
-        self, contents: Sequence[Texts], images: UInt8[np.ndarray, "b s s 3"], position: int
+        self, contents: Sequence[Texts], images: Mapping[str, UInt8[np.ndarray, "b s s 3"]], position: int
     ) -> dict[str, np.ndarray]:
-        groups = [texts.targets for texts in contents]
-        targets = drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
+        rows = len(images["image"])
+        targets = self._chosen([texts.targets for texts in contents], position)
         sources = [texts.source for texts in contents]
-        sources, targets = _filled_texts(sources, len(images)), _filled_texts(targets, len(images))
+        sources, targets = _filled_texts(sources, rows), _filled_texts(targets, rows)
         source_ids, source_mask = self._tokenizer.encode(sources, self._max_source_length)
         target_ids, target_mask = _encoded_targets(self._tokenizer, targets, self._max_target_length)
         return {
@@ -172,6 +190,42 @@ class SequenceRows:
             "target_ids": target_ids,
             "target_mask": target_mask,
         }
+
+    def _chosen(self, groups: Sequence[Sequence[str]], position: int) -> list[str]:
+        if self._targets == "commonest":
+            return commonest_texts(groups)
+        return drawn_texts(groups, self._seed, position) if self._repeat else first_texts(groups)
+
+
+class ClassRows:
+    """Rows of classification tasks: a text and a label each, with one image or two."""
+
+    def __init__(self, source: ClassSource, *, tokenizer: Tokenizer, max_length: int):
+        self._source = source
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self.image_names = IMAGE_NAMES[: source.pictures]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> tuple[Read, LabelledText]:
+        record = self._source[index]
+        images = {name: cast(Mapping[str, Any], record)[name] for name in self.image_names}
+        return Read(images, record["origin"]), LabelledText(record["text"], record["label"])
+
+    def content(self, index: int) -> LabelledText:
+        return self._source.labelled_text(index)
+
+    def columns(
+        self, contents: Sequence[LabelledText], images: Mapping[str, UInt8[np.ndarray, "b s s 3"]], position: int
+    ) -> dict[str, np.ndarray]:
+        del position  # Nothing is drawn.
+        rows = len(images["image"])
+        texts = _filled_texts([text for text, _ in contents], rows)
+        token_ids, token_mask = self._tokenizer.encode(texts, self._max_length)
+        labels = filled_column([label for _, label in contents], rows)
+        return {"token_ids": token_ids, "token_mask": token_mask, "label": labels}
 
 
 def _encoded_targets(

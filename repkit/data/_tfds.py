@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from repkit.checks import InputError, unknown_name
@@ -18,7 +18,13 @@ class TfdsSplit:
     """Random access to the examples of a split, images still encoded. `name` is that of data set and split."""
 
     def __init__(
-        self, name: str, split: str, data_dir: str | os.PathLike[str] | None, *, image_key: str, keys: Iterable[str]
+        self,
+        name: str,
+        split: str,
+        data_dir: str | os.PathLike[str] | None,
+        *,
+        image_keys: Sequence[str],
+        keys: Iterable[str],
     ):
         """Opens a split; the data set is prepared first where `data_dir` lacks it.
 
@@ -26,7 +32,7 @@ class TfdsSplit:
             name: as TFDS writes it.
             split: as TFDS writes it.
             data_dir: folder of prepared data sets; None is TFDS's own.
-            image_key: feature with the image.
+            image_keys: features with the images.
             keys: other features that must be there.
 
         Raises:
@@ -36,7 +42,7 @@ class TfdsSplit:
         builder = _prepared_builder(name, data_dir)
         import tensorflow_datasets as tfds
 
-        for key in (image_key, *keys):
+        for key in (*image_keys, *keys):
             if key not in builder.info.features:
                 raise unknown_name(f"feature of {name}", key, builder.info.features)
         for part in re.findall(r"(?:^|\+)\s*([\w-]+)", split):
@@ -44,8 +50,8 @@ class TfdsSplit:
                 raise unknown_name(f"split of {name}", part, builder.info.splits)
         self.features = builder.info.features
         # Encoded images stay encoded: their decoding belongs to the pipeline, which counts what cannot be decoded.
-        encoded = isinstance(self.features[image_key], tfds.features.Image)
-        decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
+        encoded = [key for key in image_keys if isinstance(self.features[key], tfds.features.Image)]
+        decoders = {key: tfds.decode.SkipDecoding() for key in encoded} or None
         self.name = f"{builder.info.full_name} {split}"
         try:
             if not builder.info.splits[split].num_examples:

@@ -8,16 +8,17 @@ number of processes, and one number, the position, says where a run stands.
 
 import functools
 import sys
-from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Self, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
-from repkit.checks import InputError
+from repkit.checks import InputError, require_choice
 from repkit.data._draws import shuffled_order
-from repkit.data._rows import Content, PairRows, Rows, SequenceRows, caption_hash, filled_column
+from repkit.data._rows import ClassRows, Content, PairRows, Rows, SequenceRows, Targets, caption_hash, filled_column
 from repkit.data.augment import Augmentation
+from repkit.data.class_sources import ClassSource
 from repkit.data.images import CorruptExampleError, load_image
 from repkit.data.sequence_sources import SequenceSource
 from repkit.data.sources import Source
@@ -152,6 +153,7 @@ def make_sequence_batches(
     shuffle: bool,
     seed: int,
     repeat: bool,
+    targets: Targets = "drawn",
     process_index: int | None = None,
     process_count: int | None = None,
     max_corrupt_share: float = 0.01,
@@ -170,9 +172,11 @@ def make_sequence_batches(
             does not generate, is left out.
         shuffle: as for `make_batches`.
         seed: of the order and of the choice among several target texts; from 0.
-        repeat: True, for training: endless, with a random one of an example's target texts each time, so that it meets
-            answers as often as they were given. False, for evaluation: one epoch, each example once with its first
-            target text, the last batch filled up (the source has all target texts).
+        repeat: True, for training: endless. False, for evaluation: one epoch, each example once, the last batch filled
+            up (the source has all target texts).
+        targets: "drawn" gives a random one of an example's target texts each time, so that it meets answers as often as
+            they were given, and without `repeat` the first. "commonest" always gives the most frequent one, the first
+            of those: then an example is the same in every epoch, as a cache of a teacher's outputs needs it.
         process_index: as for `make_batches`.
         process_count: as for `make_batches`.
         max_corrupt_share: as for `make_batches`.
@@ -191,11 +195,13 @@ def make_sequence_batches(
         raise InputError(f"expected max_source_length of at least 3 (begin, one token, end), got {max_source_length}")
     if max_target_length < 2:
         raise InputError(f"expected max_target_length of at least 2 (one token, end), got {max_target_length}")
+    require_choice("targets", targets, get_args(Targets))
     rows = SequenceRows(
         source,
         tokenizer=tokenizer,
         max_source_length=max_source_length,
         max_target_length=max_target_length,
+        targets=targets,
         seed=seed,
         repeat=repeat,
     )
@@ -214,9 +220,70 @@ def make_sequence_batches(
     )
 
 
+def make_class_batches(
+    source: ClassSource,
+    *,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    image_size: int,
+    max_length: int,
+    shuffle: bool,
+    seed: int,
+    repeat: bool,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    max_corrupt_share: float = 0.01,
+    num_threads: int = 1,
+    prefetch: int = 4,
+) -> "Batches":
+    """The batches of a classification task, with the guarantees of `make_batches`, whose arguments the others are.
+
+    Args:
+        source: the examples.
+        tokenizer: encodes the texts.
+        batch_size: as for `make_batches`.
+        image_size: as for `make_batches`.
+        max_length: l, tokens of a text, begin and end included.
+        shuffle: as for `make_batches`.
+        seed: of the order; from 0.
+        repeat: True, for training: endless. False, for evaluation: one epoch, each example once, the last batch filled
+            up.
+        process_index: as for `make_batches`.
+        process_count: as for `make_batches`.
+        max_corrupt_share: as for `make_batches`.
+        num_threads: as for `make_batches`.
+        prefetch: as for `make_batches`.
+
+    Returns:
+        An iterator of dicts of numpy arrays, b = B / process_count rows each: `image` uint8 [b s s 3], `second_image`
+        uint8 [b s s 3] if the task has two, `token_ids` int32 [b l], `token_mask` bool [b l], `label` int32 [b],
+        `example_id` int32 [b], `where` bool [b]. Corrupt examples and rows that fill up the last batch are as those of
+        `make_batches`; one image that cannot be read makes the example corrupt. A question whose answer is none of the
+        classes has label -1 and is an example like the others: `where` is True.
+
+    Raises:
+        InputError: as `make_batches` does.
+    """
+    tokenizer.encode([""], max_length)  # Refuses a length that is too short before any thread starts.
+    rows = ClassRows(source, tokenizer=tokenizer, max_length=max_length)
+    return _batches(
+        rows,
+        batch_size=batch_size,
+        image_size=image_size,
+        shuffle=shuffle,
+        seed=seed,
+        repeat=repeat,
+        process_index=process_index,
+        process_count=process_count,
+        max_corrupt_share=max_corrupt_share,
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )
+
+
 class Batches:
-    """An iterator of host batches that can say where it stands and be put there again; made by `make_batches`
-    or `make_sequence_batches`.
+    """An iterator of host batches that can say where it stands and be put there again; made by `make_batches`,
+    `make_sequence_batches` or `make_class_batches`.
 
     `corrupt` counts the corrupt rows read since it was made.
     """
@@ -300,9 +367,9 @@ class Batches:
 
 
 class _Example(NamedTuple, Generic[Content]):
-    """A decoded example. `image` is None where `defect` says what is wrong with it."""
+    """A decoded example. `images` is empty where `defect` says what is wrong with it."""
 
-    image: UInt8[np.ndarray, "s s 3"] | None
+    images: Mapping[str, UInt8[np.ndarray, "s s 3"]]
     content: Content
     defect: str | None
 
@@ -334,7 +401,7 @@ class _BatchReader(Generic[Content]):
         # A batch may lie in two epochs.
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled_order)
         self._cached: dict[int, _Example[Content]] = {}
-        self._caches = self.examples * image_size**2 * 3 <= MOST_CACHED_BYTES
+        self._caches = self.examples * len(rows.image_names) * image_size**2 * 3 <= MOST_CACHED_BYTES
 
     @property
     def batch_count(self) -> int:
@@ -356,9 +423,9 @@ class _BatchReader(Generic[Content]):
         stop = start + self._row_count if self._repeat else min(start + self._row_count, self.examples)
         indices = [self._index_at(position) for position in range(start, stop)]
         examples = [self._example(index) for index in indices]
-        batch = self._images(examples)
-        batch["example_id"] = filled_column(indices, self._row_count)
-        batch |= self._rows.columns([example.content for example in examples], batch["image"], start)
+        images = self._images(examples)
+        batch = {**images, "where": self._where(examples), "example_id": filled_column(indices, self._row_count)}
+        batch |= self._rows.columns([example.content for example in examples], images, start)
         pairs = zip(indices, examples, strict=True)
         return batch, [(index, example.defect) for index, example in pairs if example.defect is not None]
 
@@ -382,21 +449,26 @@ class _BatchReader(Generic[Content]):
         try:
             read, content = self._rows.read(index)
         except CorruptExampleError as error:
-            return _Example(None, self._rows.content(index), str(error))
+            return _Example({}, self._rows.content(index), str(error))
         try:
-            return _Example(load_image(read.image, image_size=self._image_size), content, None)
+            loaded = {name: load_image(image, image_size=self._image_size) for name, image in read.images.items()}
+            return _Example(loaded, content, None)
         except CorruptExampleError as error:
-            return _Example(None, content, f"{read.origin}: {error}")
+            return _Example({}, content, f"{read.origin}: {error}")
 
     def _images(self, examples: Sequence[_Example[Content]]) -> dict[str, np.ndarray]:
-        """The images, black where there is none, and `where`."""
-        images = np.zeros((self._row_count, self._image_size, self._image_size, 3), np.uint8)
-        where = np.zeros(self._row_count, bool)
+        """The images of every row, black where there is none."""
+        shape = (self._row_count, self._image_size, self._image_size, 3)
+        columns = {name: np.zeros(shape, np.uint8) for name in self._rows.image_names}
         for row, example in enumerate(examples):
-            if example.image is not None:
-                images[row] = example.image
-                where[row] = True
-        return {"image": images, "where": where}
+            for name, image in example.images.items():
+                columns[name][row] = image
+        return columns
+
+    def _where(self, examples: Sequence[_Example[Content]]) -> Bool[np.ndarray, " b"]:
+        where = np.zeros(self._row_count, bool)
+        where[: len(examples)] = [example.defect is None for example in examples]
+        return where
 
 
 def _batches(

@@ -47,6 +47,19 @@ class TaskExample:
     answer: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassExample:
+    """One scene or two, a text about them, and the name of the class that this makes: a task to be classified.
+
+    `form` is what kind of text it is.
+    """
+
+    scenes: tuple[Scene, ...]
+    text: str
+    class_name: str
+    form: str
+
+
 class Wanted(NamedTuple):
     """What a digit of a scene must be; None leaves it to chance."""
 
@@ -138,6 +151,7 @@ def draw_scene(
     *,
     holds: Callable[[Digits], bool],
     counts: Sequence[int] = COUNTS,
+    named_colours: Iterable[str] = (),
 ) -> Scene:
     """A random scene with the wanted digits in which `holds` is true, no two digits alike in both digit and colour.
 
@@ -147,17 +161,42 @@ def draw_scene(
         rng: the random state.
         holds: must be true of some scene with these digits on every background, or this never ends.
         counts: how many digits there may be; each number from the wanted ones' on is as likely.
+        named_colours: colours beside the wanted ones that a digit could have on the background.
 
     Returns:
         The scene, without captions, on any background on which the wanted colours can be seen.
     """
-    colours = {digit.colour for digit in wanted if digit.colour is not None}
+    colours = {digit.colour for digit in wanted if digit.colour is not None} | set(named_colours)
     background = pick([ground for ground, inks in _INKS.items() if colours <= inks], rng)
     counts = [count for count in counts if count >= len(wanted)]
     while True:
         digits = _draw_digits(composer, wanted, pick(counts, rng), background, rng)
         if len({placed.phrase for placed in digits}) == len(digits) and holds(digits):
             return Scene(composer.draw(digits, background), (), background, digits)
+
+
+def two_colours(rng: np.random.Generator) -> tuple[Reference, Reference]:
+    """The only digits of two different colours."""
+    first, second = pick_two(COLOURS, rng)
+    return by_colour(first), by_colour(second)
+
+
+def two_digits(rng: np.random.Generator) -> tuple[Reference, Reference]:
+    """The only ones of two different digits."""
+    first, second = pick_two(range(len(DIGIT_NAMES)), rng)
+    return by_digit(first), by_digit(second)
+
+
+def relation_between(first: Reference, second: Reference, digits: Digits) -> str | None:
+    """Where the first digit is, seen from the second; None where one is not found, or they share no row or column."""
+    one, other = first.find(digits), second.find(digits)
+    return None if one is None or other is None else cell_relation(one.cell, other.cell)
+
+
+def in_relation(first: Reference, second: Reference, relation: str, rng: np.random.Generator) -> list[Wanted]:
+    """What a scene must hold so that two digits are in a relation; `rng` says in which two cells they are to be."""
+    cell, other = pick(RELATED_CELLS[relation], rng)
+    return first.wanted(Wanted(cell=cell)) + second.wanted(Wanted(cell=other))
 
 
 def pick(options: Sequence[T], rng: np.random.Generator) -> T:

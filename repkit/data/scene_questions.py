@@ -36,10 +36,14 @@ from repkit.data.scene_demands import (
     by_place,
     by_relation,
     draw_scene,
+    in_relation,
     pick,
     pick_two,
+    relation_between,
+    two_colours,
+    two_digits,
 )
-from repkit.data.scenes import COLOURS, DIGIT_NAMES, PLACES, Composer, Strokes, cell_relation
+from repkit.data.scenes import COLOURS, DIGIT_NAMES, PLACES, Composer, Strokes
 
 ANSWERS_PER_QUESTION = 10
 
@@ -170,11 +174,11 @@ def _count_colour(rng: np.random.Generator) -> Question:
 
 
 def _relation_question(rng: np.random.Generator) -> Question:
-    first, second = pick((_two_colours, _two_digits), rng)(rng)
+    first, second = pick((two_colours, two_digits), rng)(rng)
     relations = {side: relation for relation, side in SIDES.items()}
 
     def answer_in(digits: Digits) -> str | None:
-        relation = _relation_between(first, second, digits)
+        relation = relation_between(first, second, digits)
         return None if relation is None else SIDES[relation]
 
     return Question(
@@ -182,7 +186,7 @@ def _relation_question(rng: np.random.Generator) -> Question:
             first.phrase, second.phrase
         ),
         tuple(relations),
-        lambda answer: _in_relation(first, second, relations[answer], rng),
+        lambda answer: in_relation(first, second, relations[answer], rng),
         answer_in,
     )
 
@@ -210,23 +214,23 @@ def _existence_question(rng: np.random.Generator) -> Question:
 
 
 def _statement_question(rng: np.random.Generator) -> Question:
-    first, second = pick((_two_colours, _two_digits), rng)(rng)
+    first, second = pick((two_colours, two_digits), rng)(rng)
     asked, other = pick_two(RELATED_CELLS, rng)
 
     def answer_in(digits: Digits) -> str | None:
-        relation = _relation_between(first, second, digits)
+        relation = relation_between(first, second, digits)
         return None if relation is None else "yes" if relation == asked else "no"
 
     return Question(
         f"is {first.phrase} {asked} {second.phrase}?",
         ("yes", "no"),
-        lambda answer: _in_relation(first, second, asked if answer == "yes" else other, rng),
+        lambda answer: in_relation(first, second, asked if answer == "yes" else other, rng),
         answer_in,
     )
 
 
 def _sum_question(rng: np.random.Generator) -> Question:
-    first, second = pick((_two_colours, _two_places), rng)(rng)
+    first, second = pick((two_colours, _two_places), rng)(rng)
 
     def wanted(answer: str) -> list[Wanted]:
         total = NUMBER_NAMES.index(answer)
@@ -266,26 +270,6 @@ def _any_reference(named: Reference, rng: np.random.Generator) -> Reference:
     return pick(references, rng)()
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[Reference, Reference]:
-    first, second = pick_two(COLOURS, rng)
-    return by_colour(first), by_colour(second)
-
-
-def _two_digits(rng: np.random.Generator) -> tuple[Reference, Reference]:
-    first, second = pick_two(range(len(DIGIT_NAMES)), rng)
-    return by_digit(first), by_digit(second)
-
-
 def _two_places(rng: np.random.Generator) -> tuple[Reference, Reference]:
     first, second = pick_two(PLACES, rng)
     return by_place(first), by_place(second)
-
-
-def _relation_between(first: Reference, second: Reference, digits: Digits) -> str | None:
-    one, other = first.find(digits), second.find(digits)
-    return None if one is None or other is None else cell_relation(one.cell, other.cell)
-
-
-def _in_relation(first: Reference, second: Reference, relation: str, rng: np.random.Generator) -> list[Wanted]:
-    cell, other = pick(RELATED_CELLS[relation], rng)
-    return first.wanted(Wanted(cell=cell)) + second.wanted(Wanted(cell=other))

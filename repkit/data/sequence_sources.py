@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 
 from repkit.checks import InputError, unknown_name
-from repkit.data._jsonl import JsonlLines, parsed_texts
+from repkit.data._jsonl import jsonl_examples, parsed_texts
+from repkit.data._listed import ListedExamples
 from repkit.data._tfds import TfdsSplit, decoded_text, decoded_texts
 from repkit.data.scene_tasks import TASKS
 
@@ -17,8 +18,8 @@ class SequenceRecord(TypedDict):
     """One example. `image` is encoded, or uint8 [h w 3]; `example_id` is its index in the source.
 
     Any of `target_texts` is right; for questions they are the annotators' answers, of which most are. `origin` says in
-    words where the example comes from. Examples of digit scenes also have `ground_truth`, and questions on them their
-    `question_type` and the true `answer`.
+    words where the example comes from. Questions have their `question_type`, where it is known. Examples of digit
+    scenes also have `ground_truth`, and questions on them the true `answer`.
     """
 
     image: bytes | np.ndarray
@@ -60,7 +61,8 @@ def scene_task_source(task: str, split: str, data_dir: str | os.PathLike[str] | 
     """A generation task on digit scenes; composed at the first call, in some seconds, and read from disk afterwards.
 
     Args:
-        task: "questions" (ten answers each), "captions" (four each) or "translation" (English to German).
+        task: "questions" (ten answers each), "captions" (four each), "translation" (English to German) or "grounding"
+            (what is where).
         split: "train", "validation" or "test", or a part of one such as "train[:1000]".
         data_dir: folder of prepared data sets; None is TFDS's own (`~/tensorflow_datasets`, or `TFDS_DATA_DIR`).
 
@@ -74,7 +76,7 @@ def scene_task_source(task: str, split: str, data_dir: str | os.PathLike[str] | 
     if task not in TASKS:
         raise unknown_name("task on digit scenes", task, TASKS)
     keys = ("source_text", "target_texts")
-    return TfdsSequenceSource(TfdsSplit(f"digit_scenes/{task}", split, data_dir, image_key="image", keys=keys))
+    return TfdsSequenceSource(TfdsSplit(f"digit_scenes/{task}", split, data_dir, image_keys=["image"], keys=keys))
 
 
 class TfdsSequenceSource:
@@ -107,33 +109,47 @@ class TfdsSequenceSource:
         return Texts(decoded_text(example["source_text"]), decoded_texts(example["target_texts"]))
 
 
-class JsonlSequenceSource:
-    """Images with source and target texts listed in a JSONL file; made by `jsonl_sequence_source`."""
+class ListedTexts(NamedTuple):
+    """The texts of a listed image; of a question also its type, where it is known."""
 
-    def __init__(self, lines: JsonlLines[Texts]):
-        self._lines = lines
+    texts: Texts
+    question_type: str | None
+
+
+class ListedSequenceSource:
+    """Images with source and target texts listed in a file; made by `jsonl_sequence_source` and the adapters of
+    published data sets.
+    """
+
+    def __init__(self, examples: ListedExamples[ListedTexts]):
+        self._examples = examples
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> SequenceRecord:
         source, targets = self.texts(index)
-        return SequenceRecord(
-            image=self._lines.image(index),
+        (image,) = self._examples.images(index)
+        record = SequenceRecord(
+            image=image,
             source_text=source,
             target_texts=targets,
             example_id=index,
-            origin=self._lines.origin(index),
+            origin=self._examples.origin(index),
         )
+        question_type = self._examples.entries[index].content.question_type
+        if question_type is not None:
+            record["question_type"] = question_type
+        return record
 
     def texts(self, index: int) -> Texts:
-        source, targets = self._lines.lines[index].content
+        source, targets = self._examples.entries[index].content.texts
         return Texts(source, list(targets))
 
 
 def jsonl_sequence_source(
     path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None
-) -> JsonlSequenceSource:
+) -> ListedSequenceSource:
     """Sequences from a JSONL file, one object a line: {"image": path, "source": text, "target": text or [text, ...]}.
 
     An empty "source" is right, for a task such as captioning that asks nothing; other keys are ignored. The whole file
@@ -153,10 +169,10 @@ def jsonl_sequence_source(
             with the line's number); first image is no image.
     """
     keys = {"source": "text", "target": "text or [text, ...]"}
-    return JsonlSequenceSource(JsonlLines(path, image_root=image_root, keys=keys, parse=_parse_texts))
+    return ListedSequenceSource(jsonl_examples(path, image_root=image_root, keys=keys, parse=_parse_texts))
 
 
-def _parse_texts(value: Mapping[str, Any]) -> Texts:
+def _parse_texts(value: Mapping[str, Any]) -> ListedTexts:
     if not isinstance(value["source"], str):
         raise InputError(f"expected 'source' to be a text, got {value['source']!r}")
-    return Texts(value["source"], parsed_texts("target", value["target"]))
+    return ListedTexts(Texts(value["source"], parsed_texts("target", value["target"])), None)

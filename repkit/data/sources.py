@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 
 from repkit.checks import InputError, unknown_name
-from repkit.data._jsonl import JsonlLines, parsed_texts
+from repkit.data._jsonl import jsonl_examples, parsed_texts
+from repkit.data._listed import ListedExamples, place_in
 from repkit.data._tfds import TfdsSplit, decoded_texts
 from repkit.data.scenes import SCENES
 
@@ -102,7 +103,7 @@ def tfds_source(
     if caption_key is None and label_key is None:
         raise InputError(f"{name}: expected caption_key or label_key, got neither; without one there are no captions")
     keys = [key for key in (caption_key, label_key) if key is not None]
-    examples = TfdsSplit(name, split, data_dir, image_key=image_key, keys=keys)
+    examples = TfdsSplit(name, split, data_dir, image_keys=[image_key], keys=keys)
     return TfdsSource(examples, image_key=image_key, caption_key=caption_key, label_key=label_key)
 
 
@@ -148,33 +149,40 @@ class TfdsSource:
         return decoded_texts(example[self._caption_key])
 
 
-class JsonlSource:
-    """Image-caption pairs listed in a JSONL file; made by `jsonl_source`."""
+class Pair(NamedTuple):
+    """The captions of a listed image, and its label where it has one."""
 
-    def __init__(self, lines: "JsonlLines[_Pair]"):
-        self._lines = lines
-        self.has_labels = lines.lines[0].content.label is not None
+    captions: list[str]
+    label: int | None
+
+
+class ListedSource:
+    """Image-caption pairs listed in a file; made by `jsonl_source` and the adapters of published data sets.
+
+    `left_out` is how many examples of the file are not among them because their images are missing.
+    """
+
+    def __init__(self, examples: ListedExamples[Pair]):
+        self._examples = examples
+        self.has_labels = examples.entries[0].content.label is not None
+        self.left_out = examples.left_out
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
-        pair = self._lines.lines[index].content
-        record = Record(
-            image=self._lines.image(index),
-            captions=list(pair.captions),
-            example_id=index,
-            origin=self._lines.origin(index),
-        )
-        if pair.label is not None:
-            record["label"] = pair.label
+        captions, label = self._examples.entries[index].content
+        (image,) = self._examples.images(index)
+        record = Record(image=image, captions=list(captions), example_id=index, origin=self._examples.origin(index))
+        if label is not None:
+            record["label"] = label
         return record
 
     def captions(self, index: int) -> list[str]:
-        return list(self._lines.lines[index].content.captions)
+        return list(self._examples.entries[index].content.captions)
 
 
-def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None) -> JsonlSource:
+def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None) -> ListedSource:
     """Image-caption pairs from a JSONL file, one object a line: {"image": path, "caption": text or [text, ...]}.
 
     An optional "label" is an integer class, on all lines or on none; other keys are ignored. The whole file is checked
@@ -192,22 +200,18 @@ def jsonl_source(path: str | os.PathLike[str], *, image_root: str | os.PathLike[
         InputError: missing or empty file; malformed line, image path that leads out of the folder, missing image (each
             with the line's number); first image is no image.
     """
-    lines = JsonlLines(path, image_root=image_root, keys={"caption": "text or [text, ...]"}, parse=_parse_pair)
-    labelled = lines.lines[0].content.label is not None
-    unlike = next((line for line in lines.lines if (line.content.label is not None) != labelled), None)
+    keys = {"caption": "text or [text, ...]"}
+    examples = jsonl_examples(path, image_root=image_root, keys=keys, parse=_parse_pair)
+    labelled = examples.entries[0].content.label is not None
+    unlike = next((entry for entry in examples.entries if (entry.content.label is not None) != labelled), None)
     if unlike is not None:
-        raise InputError(f"{path}:{unlike.number}: expected a label on all lines or on none")
-    return JsonlSource(lines)
+        raise InputError(f"{place_in(path, unlike.place)}: expected a label on all lines or on none")
+    return ListedSource(examples)
 
 
-class _Pair(NamedTuple):
-    captions: list[str]
-    label: int | None
-
-
-def _parse_pair(value: Mapping[str, Any]) -> _Pair:
+def _parse_pair(value: Mapping[str, Any]) -> Pair:
     captions = parsed_texts("caption", value["caption"])
     label = value.get("label")
     if label is not None and (not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31):
         raise InputError(f"expected 'label' to be an integer from 0, got {label!r}")
-    return _Pair(captions, label)
+    return Pair(captions, label)

@@ -8,15 +8,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from repkit.checks import InputError
 
-_embedding_init = nnx.initializers.normal(0.02)
-
 Dtype = Literal["float32", "bfloat16"]
 """Of a model's arithmetic."""
 
 
-def embedding(rngs: nnx.Rngs, rows: int, width: int) -> nnx.Param[Array]:
-    """A table of learned vectors [rows width], at the start normal with standard deviation 0.02."""
-    return nnx.Param(_embedding_init(rngs.params(), (rows, width), jnp.float32))
+def embedding(rngs: nnx.Rngs, rows: int, width: int, *, std: float = 0.02) -> nnx.Param[Array]:
+    """A table of learned vectors [rows width], at the start normal with this standard deviation."""
+    return nnx.Param(nnx.initializers.normal(std)(rngs.params(), (rows, width), jnp.float32))
 
 
 def embed(table: Float[Array, "v width"], token_ids: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:

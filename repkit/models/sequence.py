@@ -17,7 +17,7 @@ from repkit.models.embeddings import Dtype, embed, embedding, patches
 from repkit.models.encoders import Transformer, TransformerConfig, VisionConfig, require_positive
 from repkit.models.functional import Batch, Outputs, Params, functional, restorer
 from repkit.models.generation import Generated, beam_search
-from repkit.models.layers import Dense, KeysValues, fold, padding_mask
+from repkit.models.layers import Dense, KeysValues, LayerNorm, fold, padding_mask
 
 _SOURCE = ("image", "source_ids", "source_mask")
 _TARGET = ("target_ids", "target_mask")
@@ -103,7 +103,8 @@ class SequenceToSequence(nnx.Module):
 
     As in VL-T5, image and text attend to one another in every block of the encoder, each token carries a learned
     embedding of its position and of its kind, image or text, and the token embedding of source and target is also the
-    output layer. Ours are the patches in place of detected objects, absolute positions, and pre-norm blocks with GELU.
+    output layer. Ours are the patches in place of detected objects, absolute positions, norms of the embedded patches
+    and tokens, and pre-norm blocks with GELU.
 
     References:
         Cho et al., Unifying Vision-and-Language Tasks via Text Generation, arXiv 2102.02779, section 3.
@@ -113,11 +114,18 @@ class SequenceToSequence(nnx.Module):
         self.config = config
         patch_count = (config.image_size // config.patch_size) ** 2
         self.patch_embedding = Dense(3 * config.patch_size**2, config.width, dtype=config.dtype, rngs=rngs)
-        self.token_embedding = embedding(rngs, config.vocabulary_size, config.width)
-        self.kinds = embedding(rngs, 2, config.width)
-        self.image_positions = embedding(rngs, patch_count, config.width)
-        self.source_positions = embedding(rngs, config.max_source_length, config.width)
-        self.target_positions = embedding(rngs, config.max_target_length, config.width)
+        # All tokens begin at unit size, and so do a patch and its place: beside pixels, places of the usual 0.02 are
+        # not seen for thousands of steps, and neither are words of that size beside what attention adds to them.
+        self.patch_norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
+        self.text_norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
+        self.image_positions = embedding(rngs, patch_count, config.width, std=1.0)
+        # The token embedding is the output layer too: logits of unit size let a gradient reach the image from the first
+        # step on, where 0.02 kept digits from being learned at all.
+        text = functools.partial(embedding, rngs, width=config.width, std=config.width**-0.5)
+        self.token_embedding = text(config.vocabulary_size)
+        self.kinds = text(2)
+        self.source_positions = text(config.max_source_length)
+        self.target_positions = text(config.max_target_length)
         self.encoder = Transformer(config.encoder, rngs=rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
 
@@ -152,7 +160,8 @@ class SequenceToSequence(nnx.Module):
         """The encoder's tokens, image tokens first, and which of them are real."""
         _require_text(batch, "source", self.config.max_source_length)
         config, image, token_ids = self.config, batch["image"], batch["source_ids"]
-        seen = self.patch_embedding(patches(image, config.image_size, config.patch_size, config.dtype))
+        pixels = patches(image, config.image_size, config.patch_size, config.dtype)
+        seen = self.patch_norm(self.patch_embedding(pixels))
         seen = seen + (self.image_positions[...] + self.kinds[_IMAGE]).astype(seen.dtype)
         read = self._embed(token_ids, self.source_positions[: token_ids.shape[1]] + self.kinds[_TEXT])
         mask = jnp.concatenate([jnp.ones(seen.shape[:2], bool), batch["source_mask"]], axis=1)
@@ -189,7 +198,7 @@ class SequenceToSequence(nnx.Module):
         )
 
     def _embed(self, token_ids: Int[Array, "b l"], added: Float[Array, "#l width"]) -> Float[Array, "b l width"]:
-        return (embed(self.token_embedding[...], token_ids) + added).astype(self.config.dtype)
+        return self.text_norm(embed(self.token_embedding[...], token_ids) + added)
 
     def _logits(self, tokens: Float[Array, "b l width"]) -> Float[Array, "b l v"]:
         rows = tokens.reshape(-1, tokens.shape[-1])

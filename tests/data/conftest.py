@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from repkit.data import digit_scenes
+from repkit.data.class_sources import scene_class_source
+from repkit.data.scene_classes import CLASS_TASKS
 from repkit.data.scene_tasks import TASKS
 from repkit.data.sequence_sources import scene_task_source
-from repkit.data.sources import JsonlSource, TfdsSource, digit_scenes_source, jsonl_source
+from repkit.data.sources import ListedSource, TfdsSource, digit_scenes_source, jsonl_source
 from repkit.data.tokenizer import Tokenizer, train_tokenizer
 
 COLOURS = {"red": (200, 30, 40), "green": (50, 160, 70), "blue": (50, 80, 210)}
@@ -27,12 +29,14 @@ def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TFDS folder with the generation tasks on digit scenes, with 60, 12 and 24 examples."""
+    """A TFDS folder with the tasks on digit scenes, with 60, 12 and 24 examples."""
     folder = tmp_path_factory.mktemp("tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digit_scenes, "TASK_SPLIT_SIZES", {"train": 60, "validation": 12, "test": 24})
         for task in TASKS:
             scene_task_source(task, "train", folder)
+        for task in CLASS_TASKS:
+            scene_class_source(task, "train", folder)
     return folder
 
 
@@ -73,7 +77,7 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def pairs(write_pairs: Callable[..., Path], pair_lines: list[dict[str, Any]]) -> JsonlSource:
+def pairs(write_pairs: Callable[..., Path], pair_lines: list[dict[str, Any]]) -> ListedSource:
     """23 images with one to three captions each, and labels."""
     return jsonl_source(write_pairs(*pair_lines))
 

@@ -131,6 +131,17 @@ def test_training_draws_among_the_targets_and_evaluation_takes_the_first(source,
     assert first == [source.texts(index).targets[0] for index in range(EXAMPLES)]
 
 
+@pytest.mark.parametrize("repeat", [True, False])
+def test_the_commonest_target_is_the_same_in_every_epoch(write_pairs, lines, batches_of, tokenizer, repeat):
+    for line in lines:
+        line["target"] = [*line["target"], line["target"][-1]]
+    source = jsonl_sequence_source(write_pairs(*lines))
+    rows = join(list(itertools.islice(batches_of(source, repeat=repeat, targets="commonest"), 3)))
+    texts = np.array(tokenizer.decode(rows["target_ids"]))
+    for index, text in zip(rows["example_id"][rows["where"]], texts[rows["where"]], strict=True):
+        assert text == lines[index]["target"][-1]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_tasks_on_digit_scenes_pass_through_one_tokenizer(tasks_dir, batches_of, task):
     sources = [scene_task_source(name, "train", tasks_dir) for name in TASKS]
@@ -222,6 +233,7 @@ def test_an_example_without_targets_is_corrupt(source, batches_of):
         ({"process_count": 3}, "expected a batch_size that divides by the 3 processes, got 8"),
         ({"seed": -1}, "expected seed of at least 0, got -1"),
         ({"max_source_length": 2}, r"expected max_source_length of at least 3 \(begin, one token, end\), got 2"),
+        ({"targets": "comonest"}, "unknown targets 'comonest'; did you mean 'commonest'"),
         ({"max_target_length": 1}, r"expected max_target_length of at least 2 \(one token, end\), got 1"),
     ],
 )

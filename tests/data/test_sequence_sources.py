@@ -67,7 +67,12 @@ def test_unknown_task_and_split_are_refused_with_the_nearest_name(tasks_dir):
 
 @pytest.mark.parametrize(
     ("task", "digest"),
-    [("questions", "6ffa74bcaa901268"), ("captions", "831dcf7a8eacbf83"), ("translation", "660b096d135b2924")],
+    [
+        ("questions", "6ffa74bcaa901268"),
+        ("captions", "831dcf7a8eacbf83"),
+        ("translation", "660b096d135b2924"),
+        ("grounding", "eaf189feb22e4bf8"),
+    ],
 )
 def test_the_examples_are_the_same_on_every_machine(tmp_path, task, digest):
     """A change of these numbers changes the data set: raise its version with it."""

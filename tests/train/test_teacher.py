@@ -281,6 +281,52 @@ def test_a_momentum_teacher_without_a_moving_average_is_refused():
         jax.eval_shape(update, jax.eval_shape(_state, jax.random.key(0)), _batch())
 
 
+def test_a_teacher_of_another_length_is_refused_with_the_term_s_name():
+    def longer(params, batch, key):
+        return TEACHER(params, {**batch, **{n: jnp.repeat(batch[n], 2, axis=1) for n in ("x", "mask")}}, key)
+
+    config = TrainConfig(steps=4, batch_size=ROWS, warmup_steps=1)
+    teacher = FrozenTeacher(longer, _teacher_params())
+    with pytest.raises(InputError, match=rf"term 'heads/{STUDENT_LAYER}/{TEACHER_LAYER}'.*\[16, 3, 8, 8\]"):
+        check_step(config, _init_student, STUDENT, _objective(), _batch(), teacher=teacher)
+
+
+@pytest.fixture(scope="module")
+def attention_step():
+    """A step on the attention term alone, with the teacher's maps as arrays of the batch."""
+    objective = _objective().only(f"heads/{STUDENT_LAYER}/{TEACHER_LAYER}")
+    return jax.jit(make_update(STUDENT, objective, SGD)), _state(jax.random.key(1), objective)
+
+
+def _with_maps(batch):
+    maps = jax.device_get(TEACHER(_teacher_params(), batch, None)["attention"][TEACHER_LAYER])
+    return {**batch, f"teacher/attention.{TEACHER_LAYER}": np.array(maps)}
+
+
+def test_not_a_number_in_a_teacher_s_map_counts_where_the_cell_does(attention_step):
+    update, state = attention_step
+    batch = _with_maps(_batch())
+    maps = batch[f"teacher/attention.{TEACHER_LAYER}"]
+    clean, clean_metrics = update(state, batch)
+    counts = np.einsum("b,bq,bk->bqk", batch["where"], batch["mask"], batch["mask"])[:, None] > 0
+    hidden, _ = update(state, {**batch, f"teacher/attention.{TEACHER_LAYER}": np.where(counts, maps, np.nan)})
+    jax.tree.map(np.testing.assert_array_equal, hidden.params, clean.params)
+    assert np.isfinite(float(clean_metrics["loss"]))
+    row = int(np.flatnonzero(batch["where"])[0])
+    maps[row, 0, 0, 0] = np.nan
+    _, metrics = update(state, batch)
+    assert np.isnan(float(metrics["loss"])), "a wrong map must not pass for a right one"
+
+
+def test_all_tokens_padded_is_an_exact_zero(attention_step):
+    update, state = attention_step
+    batch = _with_maps(_batch())
+    new_state, metrics = update(state, {**batch, "mask": np.zeros_like(batch["mask"])})
+    assert float(metrics["loss"]) == 0.0
+    assert float(metrics["gradient_norm"]) == 0.0
+    jax.tree.map(np.testing.assert_array_equal, new_state.params, state.params)
+
+
 def test_two_teachers_at_once_are_refused(cache):
     teacher = FrozenTeacher(TEACHER, _teacher_params())
     update = make_update(STUDENT, _objective(), SGD, teacher=teacher)
