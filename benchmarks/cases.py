@@ -176,6 +176,41 @@ def _with_memory(name: str, rows: int, width: int, loss: Callable[..., Any], *, 
     )
 
 
+def queue_contrastive(rows: int, width: int) -> Problem:
+    """With soft targets and a queue of two batches, against our plain form."""
+
+    def arrays(dtype: str) -> Arrays:
+        image, text, teacher_image, teacher_text = embeddings(4, rows, width, dtype)
+        queue = losses.init_queue(2 * rows, width, dtype)
+        stored = embeddings(2, 2 * rows, width, dtype)
+        queue = queue._replace(image_embeds=stored[0], text_embeds=stored[1], filled=jnp.ones(2 * rows, bool))
+        return image, text, jnp.float32(LOGIT_SCALE), teacher_image, teacher_text, queue
+
+    def loss(image: Any, text: Any, scale: Any, *teacher: Any, form: losses.Form) -> Any:
+        *embeds, queue = teacher
+        return losses.queue_contrastive(
+            image, text, *embeds, logit_scale=scale, memory=queue, target_share=0.4, form=form
+        )
+
+    # Both directions, three batches of candidates: the scores of student and teacher, and the anchors' gradient; in
+    # more than one block the scores are made three times.
+    products = 3 if row_blocks(3 * rows, losses.Blocks()).blocks == 1 else 7
+    return Problem(
+        loss="queue_contrastive",
+        shape={"rows": rows, "width": width},
+        arrays=arrays,
+        learned=3,
+        entrants=(
+            _ours(
+                functools.partial(loss, form=losses.Blocks()),
+                flops=costs.pair_flops(rows, width, products=6 * products),
+                traffic=3 * costs.pair_traffic(rows, width),
+            ),
+            _plain(functools.partial(loss, form="plain"), flops=costs.pair_flops(rows, width, products=18)),
+        ),
+    )
+
+
 def sigmoid_contrastive(rows: int, width: int) -> Problem:
     """Against the plain form, open_clip's formula, and the products alone."""
 
@@ -513,6 +548,7 @@ FAMILIES = {
         )
         for order in ("updated", "previous")
     },
+    "queue_contrastive": Family(queue_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "sigmoid_contrastive": Family(sigmoid_contrastive, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "uniformity": Family(uniformity, _PAIRS, _MANY_PAIRS, _SMALLEST_PAIRS),
     "geometric_consistency": Family(

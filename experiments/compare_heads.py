@@ -1,6 +1,7 @@
 """Study: how to distil a teacher of many heads into students of few, on three tasks of digit scenes.
 
     python -m experiments.compare_heads            the whole study: hours; what is finished is not made again
+    python -m experiments.compare_heads --workers 2    the same, two students at a time
     python -m experiments.compare_heads --smoke    all of its parts, tiny: some minutes
     python -m experiments.compare_heads --report   the tables and figures of what is finished
 
@@ -15,8 +16,9 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,15 @@ RECIPE = Path(__file__).with_name("head_alignment.py")
 RESULTS = Path(__file__).parent / "results" / "head_alignment"
 METRIC_TITLES = {
     "questions": "questions: VQA accuracy",
-    "captions": "captions: CIDEr-D",
+    "captions": "captions: CIDEr-D x 100",
     "translation": "translation: BLEU-4",
 }
 PRETRAINING_TASK = "grounding"
 """What a teacher with multimodal pre-training has learned before its task."""
 
-OURS = ("amad_mse", "amad_kl", "amad_token_kl")
+OURS = ("amad_mse", "amad_kl", "amad_token_kl", "amad_kl@0.1")
+"""A number behind @ is the temperature of the alignment, which is 1 in the paper."""
+
 BASELINES = ("none", "logits", "one_to_one_kl", "mean_head", "merged_head")
 TITLES = {
     "none": "no distillation",
@@ -49,6 +53,7 @@ TITLES = {
     "amad_mse": "AMAD V1",
     "amad_kl": "AMAD V2",
     "amad_token_kl": "AMAD V4",
+    "amad_kl@0.1": "AMAD V2, temperature 0.1",
 }
 
 
@@ -65,7 +70,9 @@ class Study:
         without_pretraining: methods that are also run with a teacher that had no pre-training.
         seeds: of the students.
         common: settings of all runs, NAME=VALUE.
+        pretraining: settings of the model that the pre-trained teachers start from.
         teacher: settings of the teachers.
+        teacher_steps: training steps of the teachers, by task; questions take longest.
         student: settings of the students.
         workers: how many students are trained at a time.
         smoke: whether the recipe's smallest setting is taken.
@@ -76,18 +83,22 @@ class Study:
     tasks: tuple[str, ...] = ("questions", "captions", "translation")
     heads: tuple[int, ...] = (2, 4)
     methods: tuple[str, ...] = (*BASELINES, *OURS)
-    without_pretraining: tuple[str, ...] = ("logits", "one_to_one_kl", "amad_kl")
+    without_pretraining: tuple[str, ...] = ("logits", "amad_kl")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    common: tuple[str, ...] = ("model.patch_size=8",)
-    teacher: tuple[str, ...] = ("train.steps=12000", "train.checkpoint_every=4000", "train.log_every=500")
+    common: tuple[str, ...] = ()
+    pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
+    teacher: tuple[str, ...] = ("targets=commonest", "train.checkpoint_every=1500")
+    teacher_steps: Mapping[str, int] = field(
+        default_factory=lambda: {"questions": 7000, "captions": 1500, "translation": 1500}
+    )
     student: tuple[str, ...] = (
         "model.encoder_depth=2",
         "model.decoder_depth=1",
         "model.width=64",
         "examples=4096",
-        "train.steps=1500",
-        "train.checkpoint_every=1500",
-        "train.log_every=500",
+        "train.steps=400",
+        "train.checkpoint_every=400",
+        "train.learning_rate=2e-3",
     )
     workers: int = 1
     smoke: bool = False
@@ -104,33 +115,40 @@ def smoke(study: Study) -> Study:
         methods=("one_to_one_kl", "amad_kl"),
         without_pretraining=(),
         seeds=(0, 1),
-        common=(),
+        pretraining=(),
         teacher=(),
+        teacher_steps={},
         student=(),
         smoke=True,
     )
 
 
-def student_settings(study: Study) -> Iterator[dict[str, Any]]:
-    """The runs of the study, those of one seed after those of another, so that a part of it is a study too."""
+def student_settings(study: Study, *, pretrained: bool) -> Iterator[dict[str, Any]]:
+    """The students of teachers with or without pre-training, those of one seed after those of another, so that a part
+    of the study is a study too."""
     for seed in study.seeds:
         for task in study.tasks:
             for heads in study.heads:
-                for pretrained in (True, False):
-                    for method in study.methods if pretrained else study.without_pretraining:
-                        yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
+                for method in study.methods if pretrained else study.without_pretraining:
+                    yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
 
 
 def run_all(study: Study, minutes: float) -> bool:
     """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
     _keep_programs(study.work / "programs")
+    end = time.monotonic() + 60 * minutes
     runs = Runs(study.results / "runs.jsonl")
-    students = list(student_settings(study))
-    teachers = {(each["task"], each["pretrained"]): None for each in students if each not in runs}
-    for task, pretrained in teachers:
-        train_teacher(study, runs, task, pretrained=pretrained)
     make = functools.partial(train_student, study)
-    return run_missing(runs, students, make, workers=study.workers, minutes=minutes, tell=_tell)
+    for pretrained in (True, False):
+        students = list(student_settings(study, pretrained=pretrained))
+        for task in dict.fromkeys(each["task"] for each in students if each not in runs):
+            if time.monotonic() > end:
+                return False
+            train_teacher(study, runs, task, pretrained=pretrained)
+        left = (end - time.monotonic()) / 60
+        if not run_missing(runs, students, make, workers=study.workers, minutes=left, tell=_tell):
+            return False
+    return True
 
 
 def _keep_programs(folder: Path) -> None:
@@ -152,7 +170,9 @@ def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> P
     start = [f"start={train_teacher(study, runs, PRETRAINING_TASK, pretrained=False)}"] if pretrained else []
     settings = {"task": task, "role": "teacher", "pretrained": pretrained}
     if settings not in runs or not (folder / "results.jsonl").exists():
-        train(study, folder, [f"task={task}", *start, *study.teacher])
+        own = study.pretraining if task == PRETRAINING_TASK else study.teacher
+        steps = [f"train.steps={study.teacher_steps[task]}"] if task in study.teacher_steps else []
+        train(study, folder, [f"task={task}", *start, *own, *steps])
         runs.run(settings, lambda: evaluate(folder))
     return folder
 
@@ -166,7 +186,9 @@ def train_student(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
     """Trains and evaluates a student."""
     folder = student_folder(study, settings)
     teacher = teacher_folder(study, settings["task"], pretrained=settings["pretrained"])
-    own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={settings['method']}"]
+    method, _, temperature = settings["method"].partition("@")
+    own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={method}"]
+    own += [f"distillation.alignment_temperature={temperature}"] if temperature else []
     own += [f"model.heads={settings['heads']}", f"train.seed={settings['seed']}"]
     own += [f"distillation.cache={teacher / 'said'}", "targets=commonest"]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +321,7 @@ def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, flo
 def _draw_alignment(study: Study, runs: Runs) -> None:
     """Draws the heads of the first seed's students beside the teacher's, without and with alignment."""
     for method in ("none", "one_to_one_kl", "amad_kl"):
-        for settings in student_settings(study):
+        for settings in student_settings(study, pretrained=True):
             folder = student_folder(study, settings)
             if settings["method"] == method and settings in runs and (folder / "checkpoints").exists():
                 repkit_command(["plot", str(folder)])

@@ -25,6 +25,7 @@ import numpy as np
 
 from repkit import losses, plots
 from repkit.checks import InputError
+from repkit.data.digit_scenes import TASK_SPLIT_SIZES
 from repkit.data.pipeline import Batches, Targets, make_sequence_batches
 from repkit.data.scene_demands import TASK_IMAGE_SIZE
 from repkit.data.sequence_sources import SequenceSource, scene_task_source
@@ -38,6 +39,7 @@ from repkit.models.functional import with_learned
 from repkit.models.sequence import SequenceConfig, SequenceModel, sequence_to_sequence
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
+from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import TrainConfig
 from repkit.train.teacher import FrozenTeacher
 from repkit.train.teacher_cache import TeacherBatches, TeacherCache, data_identity, open_cache, write_cache
@@ -92,8 +94,8 @@ class ModelConfig:
     """The encoder-decoder."""
 
     patch_size: int = 8
-    width: int = 128
-    encoder_depth: int = 4
+    width: int = 96
+    encoder_depth: int = 3
     decoder_depth: int = 2
     heads: int = 8
     dropout: float = 0.0
@@ -134,7 +136,7 @@ class Config:
         teacher: run directory of the teacher; its tokenizer is the student's.
         method: what the student learns from it.
         start: run directory of a model of the same shapes whose parameters are the initial ones; none for random ones.
-        examples: of the training split that are used; none for all.
+        examples: of each split that are used at most; none for all.
         targets: which of an example's target texts is trained on, see `repkit.data.pipeline.make_sequence_batches`.
         directory: where TFDS keeps prepared data; none for its own default.
         beams: hypotheses that decoding keeps.
@@ -153,7 +155,7 @@ class Config:
     distillation: DistillationConfig = DistillationConfig()
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=6000, batch_size=128, learning_rate=1e-3, weight_decay=0.05, log_every=200, checkpoint_every=2000
+            steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.05, log_every=100, checkpoint_every=1500
         )
     )
 
@@ -223,7 +225,8 @@ def build(config: Config, directory: Path) -> Experiment:
         return [Result(f"{name}, {config.model.heads} heads", "digit_scenes test", config.task, metrics)]
 
     def load_teacher() -> FrozenTeacher:
-        return _load_teacher(config, matches)
+        assert config.teacher is not None
+        return _load_teacher(config.teacher, Capture(**required_captures(matches).teacher) if matches else Capture())
 
     def summary() -> str:
         with batches(train, training=True) as rows:
@@ -243,7 +246,7 @@ def build(config: Config, directory: Path) -> Experiment:
         return [path]
 
     return Experiment(
-        init=_initial(config, model),
+        init=_initial(config, model, directory),
         forward=model.forward,
         objective=objective,
         batches=training_batches,
@@ -288,8 +291,13 @@ def _teacher_config(config: Config) -> Config:
 
 
 def _source(config: Config, split: str) -> SequenceSource:
-    part = f"[:{config.examples}]" if config.examples is not None else ""
-    return scene_task_source(config.task, split + part, config.directory)
+    size = TASK_SPLIT_SIZES[split]
+    part = "" if config.examples is None else f"[:{min(config.examples, size)}]"
+    return _opened(config.task, split + part, config.directory)
+
+
+# One source for all runs of a process: it keeps what it has read.
+_opened = functools.cache(scene_task_source)
 
 
 class _Language(NamedTuple):
@@ -383,8 +391,9 @@ def _model(config: Config, tokenizer: Tokenizer, capture: Capture) -> SequenceMo
     )
 
 
-def _initial(config: Config, model: SequenceModel) -> Callable[[Any], Any]:
-    if config.start is None:
+def _initial(config: Config, model: SequenceModel, directory: Path) -> Callable[[Any], Any]:
+    has_begun = CheckpointReader(RunDirectory(directory).checkpoints).latest_step() is not None
+    if config.start is None or has_begun:
         return model.init
     start = _own_params(load_run(config.start).params)
     if jax.tree.structure(start) != jax.tree.structure(_own_params(jax.eval_shape(model.init, jax.random.key(0)))):
@@ -398,10 +407,9 @@ def _own_params(params: Any) -> Any:
     return {name: value for name, value in params.items() if name != "learned"}
 
 
-def _load_teacher(config: Config, matches: list[Match]) -> FrozenTeacher:
-    assert config.teacher is not None
-    run = load_run(config.teacher)
-    capture = Capture(**required_captures(matches).teacher) if matches else Capture()
+@functools.cache
+def _load_teacher(path: str, capture: Capture) -> FrozenTeacher:
+    run = load_run(path)
     model = _model(run.config, load_tokenizer(run.directory.path / TOKENIZER_FILE), capture)
     return FrozenTeacher(model.forward, jax.device_get(_own_params(run.params)))
 

@@ -9,6 +9,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def run_missing(
     for worker in range(workers):
         places.put(worker)
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_take_processors, initargs=(places, workers)
+        workers, context, initializer=_begin_worker, initargs=(places, workers, os.getpid())
     ) as pool:
         running: dict[concurrent.futures.Future[Mapping[str, float]], Settings] = {}
         while True:
@@ -126,13 +127,21 @@ def run_missing(
                 tell(runs.run(running.pop(future), future.result))
 
 
-def _take_processors(places: "multiprocessing.Queue[int]", workers: int) -> None:
-    """Leaves a worker the processors that are its own; XLA makes as many threads."""
+def _begin_worker(places: "multiprocessing.Queue[int]", workers: int, parent: int) -> None:
+    """Leaves a worker the processors that are its own (XLA makes as many threads), and lets it end with its parent."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         share = max(len(processors) // workers, 1)
         start = places.get() * share % len(processors)
         os.sched_setaffinity(0, processors[start : start + share])
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, however that came to its end."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _read(path: Path) -> Iterable[Run]:
@@ -200,11 +209,13 @@ class Interval(NamedTuple):
         return f"{self.mean:.3g} ± {self.half_width:.2g}"
 
     def percent(self) -> str:
-        """A share as a percentage.
+        """A share as a percentage; one value has no interval.
 
-        >>> Interval(0.8512, 0.0123, 5).percent()
-        '85.1 ± 1.2'
+        >>> Interval(0.8512, 0.0123, 5).percent(), interval([0.8512]).percent()
+        ('85.1 ± 1.2', '85.1')
         """
+        if self.values == 1:
+            return f"{100 * self.mean:.1f}"
         return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
 
 

@@ -8,6 +8,7 @@ A recipe module has three names:
 - `build(config, directory)`: the `Experiment`. It checks all of its input, and writes nothing.
 """
 
+import functools
 import importlib.util
 import json
 import sys
@@ -67,6 +68,13 @@ def load_recipe(path: Path) -> ModuleType:
         raise InputError(
             f"no recipe at '{path}'; a recipe is a Python file, such as experiments/two_tower.py of a checkout"
         )
+    return _imported(path.resolve(), path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _imported(path: Path, changed: int) -> ModuleType:
+    """The module of a recipe file; one and the same as long as the file is, so that what it keeps serves many runs."""
+    del changed  # It tells apart what the file has held.
     name = f"repkit_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -29,6 +29,9 @@ SPLIT_SIZES: Mapping[str, int] = {"train": 8192, "validation": 512, "test": 512}
 TASK_SPLIT_SIZES: Mapping[str, int] = {"train": 16384, "validation": 512, "test": 1024}
 """Examples of every task. The classes are balanced over four or three of them at a time; a split may end within."""
 
+TRAINING_FACTORS: Mapping[str, int] = {"questions": 4}
+"""Tasks with more training examples than others: questions are of six types, and each has to be learned."""
+
 SCENE_SEED = 20
 
 # Of the features of an example's first picture and of its second one.
@@ -110,7 +113,8 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
         del dl_manager  # Nothing is downloaded.
         strokes = scenes.split_strokes(scenes.load_strokes())
-        sizes = SPLIT_SIZES if self._config_name in scenes.SCENES else TASK_SPLIT_SIZES
+        sizes = dict(SPLIT_SIZES if self._config_name in scenes.SCENES else TASK_SPLIT_SIZES)
+        sizes["train"] *= TRAINING_FACTORS.get(self._config_name, 1)
         return {split: self._generate_examples(split, strokes[split], count) for split, count in sizes.items()}
 
     def _generate_examples(self, split: str, strokes: scenes.Strokes, count: int) -> Iterator[tuple[int, Any]]:

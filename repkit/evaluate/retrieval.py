@@ -1,5 +1,7 @@
 """Retrieval between images and captions, with several captions per image and captions that several images share."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -53,19 +55,11 @@ def evaluate_retrieval(
         >>> round(metrics["text_to_image/R@1"], 3)
         0.333
     """
-    for name, ids, rows in (
-        ("image_ids", image_ids, image_embeds),
-        ("text_image_ids", text_image_ids, text_embeds),
-        ("caption_ids", caption_ids, text_embeds),
-    ):
-        if ids.shape != rows.shape[:1]:
-            raise InputError(f"retrieval: expected {name} ({len(rows)},), one for each row, got {name} {ids.shape}")
-
-    images, image_rows = np.unique(image_ids, return_index=True)
-    captions, caption_rows, caption_of_row = np.unique(caption_ids, return_index=True, return_inverse=True)
-    captions_of_images = _ids_by_image(images, text_image_ids, caption_of_row)
-    image, text = jnp.asarray(image_embeds[image_rows]), jnp.asarray(text_embeds[caption_rows])
-    ids_of_image, ids_of_text = jnp.asarray(captions_of_images), jnp.arange(len(captions))
+    unique = unique_rows(
+        image_embeds, text_embeds, image_ids=image_ids, text_image_ids=text_image_ids, caption_ids=caption_ids
+    )
+    image, text = jnp.asarray(image_embeds[unique.image_rows]), jnp.asarray(text_embeds[unique.text_rows])
+    ids_of_image, ids_of_text = jnp.asarray(unique.ids_of_image), jnp.arange(len(text))
 
     metrics = {}
     for direction, ranks in (
@@ -75,6 +69,41 @@ def evaluate_retrieval(
         metrics |= {f"{direction}/R@{k}": float(recall_at_k(ranks, k=k)) for k in ks}
         metrics[f"{direction}/median_rank"] = float(median_rank(ranks))
     return metrics
+
+
+class UniqueRows(NamedTuple):
+    """Each image and each caption once.
+
+    Attributes:
+        image_rows: a row of each image.
+        text_rows: a row of each caption; the caption's id is its place here.
+        ids_of_image: the captions of each image, filled up with -1.
+    """
+
+    image_rows: Int[np.ndarray, " i"]
+    text_rows: Int[np.ndarray, " c"]
+    ids_of_image: Int[np.ndarray, "i m"]
+
+
+def unique_rows(
+    image_embeds: Float[np.ndarray, "i d"],
+    text_embeds: Float[np.ndarray, "t d"],
+    *,
+    image_ids: Int[np.ndarray, " i"],
+    text_image_ids: Int[np.ndarray, " t"],
+    caption_ids: Int[np.ndarray, " t"],
+) -> UniqueRows:
+    """What is counted once, of the arguments of `evaluate_retrieval`, which raises its errors here."""
+    for name, ids, rows in (
+        ("image_ids", image_ids, image_embeds),
+        ("text_image_ids", text_image_ids, text_embeds),
+        ("caption_ids", caption_ids, text_embeds),
+    ):
+        if ids.shape != rows.shape[:1]:
+            raise InputError(f"retrieval: expected {name} ({len(rows)},), one for each row, got {name} {ids.shape}")
+    images, image_rows = np.unique(image_ids, return_index=True)
+    _, text_rows, caption_of_row = np.unique(caption_ids, return_index=True, return_inverse=True)
+    return UniqueRows(image_rows, text_rows, _ids_by_image(images, text_image_ids, caption_of_row))
 
 
 def _ids_by_image(

@@ -8,6 +8,7 @@
 | every pair judged on its own, without a softmax | `sigmoid_contrastive` |
 | a contrast that keeps pushing pairs that are well separated | `decoupled_contrastive` |
 | two views of one modality | `in_modal_info_nce` |
+| pairs, against a momentum teacher's soft targets and a queue of candidates | `queue_contrastive` |
 | negatives for image-text matching | `hard_negatives` |
 | beside it, room for what only one modality knows | `feature_separation` |
 | beside it, features that spread over the whole sphere | `uniformity` |
@@ -20,7 +21,8 @@
 | the same from relations between queries, keys or values (MiniLM) | `attention_relation_distillation` |
 | a student that predicts what its teacher predicts | `logit_distillation` |
 | a student whose hidden states are its teacher's | `hidden_state_distillation` |
-| text from a model that generates | `caption_cross_entropy` |
+| text from a model that generates, or fills in masked tokens | `caption_cross_entropy` |
+| classes | `classification_cross_entropy` |
 
 Every loss is called as `loss(arrays, ..., *, hyper-parameters, form, key, where, weights, axis_name, reduction)`; one
 with state takes a `memory` and returns `(loss, memory)`. Embeddings are used as given: normalise them first
@@ -39,6 +41,7 @@ from repkit.losses.attention import (
     one_to_one_attention,
 )
 from repkit.losses.bridge import brownian_bridge, brownian_bridge_path
+from repkit.losses.classification import classification_cross_entropy
 from repkit.losses.contrastive import (
     decoupled_contrastive,
     global_contrastive,
@@ -57,11 +60,13 @@ from repkit.losses.generation import caption_cross_entropy
 from repkit.losses.geometry import geometric_consistency
 from repkit.losses.matching import HardNegatives, hard_negatives
 from repkit.losses.mesh import over_mesh
+from repkit.losses.queue import FeatureQueue, init_queue, queue_contrastive
 from repkit.losses.separation import feature_separation
 from repkit.losses.uniformity import uniformity
 
 __all__ = [
     "Blocks",
+    "FeatureQueue",
     "Form",
     "HardNegatives",
     "LogPartitionMemory",
@@ -72,6 +77,7 @@ __all__ = [
     "brownian_bridge",
     "brownian_bridge_path",
     "caption_cross_entropy",
+    "classification_cross_entropy",
     "decoupled_contrastive",
     "feature_separation",
     "gamma_contrastive",
@@ -82,12 +88,14 @@ __all__ = [
     "in_modal_info_nce",
     "info_nce",
     "init_memory",
+    "init_queue",
     "logit_distillation",
     "mean_head_attention",
     "merged_head_attention",
     "mixed_head_attention",
     "one_to_one_attention",
     "over_mesh",
+    "queue_contrastive",
     "sample_rates",
     "sigmoid_contrastive",
     "uniformity",

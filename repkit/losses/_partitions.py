@@ -182,7 +182,7 @@ class _Scores(NamedTuple):
     of_texts: _Sums
 
 
-_Identity: TypeAlias = tuple[Int[Array, " b"], Int[Array, " b"] | None]
+Identity: TypeAlias = tuple[Int[Array, " b"], Int[Array, " b"] | None]
 """Each row's place among all rows, and its label."""
 
 
@@ -195,10 +195,10 @@ def _plain_scores(
     texts: Float[Array, "b d"],
     scale: Float[Array, ""],
     valid: Bool[Array, " b"],
-    identity: _Identity,
+    identity: Identity,
     axis_name: AxisName | None,
 ) -> _Scores:
-    kinds = _kinds(identity, jax.tree.map(lambda x: rows_over(x, axis_name), identity))
+    kinds = kinds_of_pairs(identity, jax.tree.map(lambda x: rows_over(x, axis_name), identity))
     allowed = valid[:, None] & rows_over(valid, axis_name)[None, :]
 
     def sums(logits: Float[Array, "b B"]) -> _Sums:
@@ -217,20 +217,20 @@ def _plain_scores(
     return _Scores(scale * row_products(images, texts), sums(logits), sums(transposed))
 
 
-class _Kinds(NamedTuple):
+class Kinds(NamedTuple):
     """Which pairs are negatives, and which positives other than the own pair (None without labels)."""
 
     negative: Bool[Array, "r c"]
     positive: Bool[Array, "r c"] | None
 
 
-def _kinds(rows: _Identity, columns: _Identity) -> _Kinds:
+def kinds_of_pairs(rows: Identity, columns: Identity) -> Kinds:
     (row_ids, row_labels), (column_ids, column_labels) = rows, columns
     other = row_ids[:, None] != column_ids[None, :]
     if row_labels is None or column_labels is None:
-        return _Kinds(other, None)
+        return Kinds(other, None)
     same = row_labels[:, None] == column_labels[None, :]
-    return _Kinds(~same, same & other)
+    return Kinds(~same, same & other)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def _sum_tile(
     else:
         row_kind, column_kind = rows.extra, columns.extra
         row_shifts = column_shifts = shifts
-    kinds = _kinds(row_kind, column_kind)
+    kinds = kinds_of_pairs(row_kind, column_kind)
     logits = scale * products
 
     def sums(shifts: _Shifts, add: Callable[[Float[Array, "r c"]], Array]) -> _Sums:
@@ -474,7 +474,7 @@ def _sum_tile(
 
 def _largest_tile(scale: Float[Array, ""], products: Float[Array, "r c"], rows: Side, columns: Side) -> Tile:
     """The largest score of each anchor's negatives and positives."""
-    kinds = _kinds(rows.extra, columns.extra)
+    kinds = kinds_of_pairs(rows.extra, columns.extra)
     logits = scale * products
     row_valid, column_valid = _across(rows.valid > 0, columns.valid > 0)
 
@@ -504,7 +504,7 @@ def _fast_slope_tile(
     scale: Float[Array, ""], shift: Float[Array, ""], products: Float[Array, "r c"], rows: Side, columns: Side
 ) -> Tile:
     (row_kind, row_slopes), (column_kind, column_slopes) = rows.extra, columns.extra
-    kinds = _kinds(row_kind, column_kind)
+    kinds = kinds_of_pairs(row_kind, column_kind)
     slopes = jax.tree.map(jnp.add, *_across(row_slopes, column_slopes))
     exponentials = jnp.exp(scale * products - shift)
     slope = jnp.where(kinds.negative, exponentials * slopes.negatives, 0.0)
@@ -515,7 +515,7 @@ def _fast_slope_tile(
 
 def _exact_slope_tile(scale: Float[Array, ""], products: Float[Array, "r c"], rows: Side, columns: Side) -> Tile:
     (row_kind, of_rows), (column_kind, of_columns) = rows.extra, columns.extra
-    kinds = _kinds(row_kind, column_kind)
+    kinds = kinds_of_pairs(row_kind, column_kind)
     logits = scale * products
 
     def share(log_sum: Array) -> Array:

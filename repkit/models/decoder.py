@@ -1,13 +1,17 @@
 """A transformer decoder: all tokens at once in training, one token at a time, with a cache, in generation."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from repkit.models.encoders import TransformerConfig
-from repkit.models.layers import MLP, Attention, KeysValues, LayerNorm, call, causal_mask, dropout, fold, padding_mask
+from repkit.models.encoders import Transformer, TransformerConfig
+from repkit.models.generation import Generated, beam_search
+from repkit.models.layers import MLP, Attention, KeysValues, LayerNorm, causal_mask, dropout, fold, padding_mask
 
 
 class DecoderBlock(nnx.Module):
@@ -72,26 +76,11 @@ class DecoderBlock(nnx.Module):
         return tokens + self.mlp(self.mlp_norm(tokens)), past
 
 
-class Decoder(nnx.Module):
+class Decoder(Transformer):
     """Dropout, `depth` decoder blocks and a final norm over embedded tokens, which attend to a context."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.dropout = config.dropout
-        self.remat = config.remat
-        self.blocks = nnx.List(
-            [
-                DecoderBlock(
-                    config.width,
-                    config.heads,
-                    config.mlp_ratio * config.width,
-                    dropout=config.dropout,
-                    dtype=config.dtype,
-                    rngs=rngs,
-                )
-                for _ in range(config.depth)
-            ]
-        )
-        self.norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
+        super().__init__(config, block=DecoderBlock, rngs=rngs)
 
     def __call__(
         self,
@@ -101,12 +90,7 @@ class Decoder(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t width"]:
         """All tokens at once, none of which sees those after it."""
-        tokens = dropout(tokens, self.dropout, fold(key, len(self.blocks)))
-        masks = causal_mask(tokens.shape[1]), padding_mask(context_mask)
-        run = nnx.remat(call) if self.remat else call
-        for index, block in enumerate(self.blocks):
-            tokens = run(block, tokens, context, *masks, fold(key, index))
-        return self.norm(tokens)
+        return self.transform(tokens, context, causal_mask(tokens.shape[1]), padding_mask(context_mask), key=key)
 
     def contexts(self, context: Float[Array, "b n width"]) -> list[KeysValues]:
         """What each block's cross-attention looks at, made once for all tokens."""
@@ -126,3 +110,38 @@ class Decoder(nnx.Module):
             tokens, keys_values = block.step(tokens, position, keys_values, context, mask)
             now.append(keys_values)
         return self.norm(tokens), now
+
+    def search(
+        self,
+        context: Float[Array, "b n width"],
+        context_mask: Bool[Array, "b n"],
+        *,
+        embed: Callable[[Int[Array, "b beams"], Int[Array, ""]], Float[Array, "b beams width"]],
+        predict: Callable[[Float[Array, "b beams width"]], Float[Array, "b beams v"]],
+        beams: int,
+        max_length: int,
+        **options: Any,
+    ) -> Generated:
+        """The sequences that beam search finds, with a cache of keys and values.
+
+        Args:
+            context: what the tokens attend to.
+            context_mask: True for its real tokens.
+            embed: from token ids and their position to embedded tokens.
+            predict: from decoded tokens to the logits of the next ones.
+            beams: see `beam_search`.
+            max_length: see `beam_search`.
+            options: further arguments of `beam_search`.
+        """
+        contexts = self.contexts(context)
+
+        def step(
+            token_ids: Int[Array, "b beams"], position: Int[Array, ""], past: list[KeysValues]
+        ) -> tuple[Float[Array, "b beams v"], list[KeysValues]]:
+            tokens, past = self.step(embed(token_ids, position), position, past, contexts, context_mask)
+            return predict(tokens), past
+
+        rows, _, *head = contexts[0].keys.shape
+        empty = jnp.zeros((rows, beams, max_length, *head), contexts[0].keys.dtype)
+        cache = [KeysValues(empty, empty) for _ in contexts]
+        return beam_search(step, cache, rows=rows, beams=beams, max_length=max_length, **options)

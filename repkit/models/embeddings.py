@@ -22,6 +22,13 @@ def embed(table: Float[Array, "v width"], token_ids: Int[Array, "*shape"]) -> Fl
     return jnp.take(table, token_ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
+def token_logits(tokens: Float[Array, "*shape width"], table: Float[Array, "v width"]) -> Float[Array, "*shape v"]:
+    """The table of embeddings as an output layer: inner products with its rows, in float32."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    logits = jnp.einsum("nd,vd->nv", rows, table.astype(rows.dtype), preferred_element_type=jnp.float32)
+    return logits.reshape(*tokens.shape[:-1], -1)
+
+
 def patches(
     image: UInt8[Array, "b h w 3"], image_size: int, patch_size: int, dtype: Dtype
 ) -> Float[Array, "b n 3*patch_size**2"]:

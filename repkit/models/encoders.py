@@ -1,13 +1,14 @@
 """Encoders of one modality: a vision transformer over image patches and a text transformer over tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from repkit.checks import InputError, unknown_name
+from repkit.checks import InputError, require_choice, unknown_name
 from repkit.models.embeddings import Dtype, embed, embedding, patches
 from repkit.models.layers import Block, Dense, LayerNorm, call, causal_mask, dropout, fold, padding_mask
 
@@ -74,6 +75,9 @@ class VisionConfig(TransformerConfig):
         image_size: height and width of the images, in pixels.
         patch_size: height and width of a patch; divides `image_size`.
         pooling: "mean" over the patches, or "cls", a learned token put in front of them.
+        patches: "projected" linearly, as in the reference; or "normalized", with a layer norm after the projection and
+            positions of the same size at the start (standard deviation 1), because beside projected pixels those of
+            the usual 0.02 are not seen for thousands of steps [ours].
 
     Raises:
         InputError: for a value outside these ranges.
@@ -88,6 +92,7 @@ class VisionConfig(TransformerConfig):
     image_size: int
     patch_size: int
     pooling: Literal["mean", "cls"] = "mean"
+    patches: Literal["projected", "normalized"] = "projected"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +102,8 @@ class VisionConfig(TransformerConfig):
                 "image_size must be a multiple of patch_size, "
                 f"got image_size={self.image_size}, patch_size={self.patch_size}"
             )
-        if self.pooling not in ("mean", "cls"):
-            raise unknown_name("pooling", self.pooling, ("mean", "cls"))
+        require_choice("pooling", self.pooling, ("mean", "cls"))
+        require_choice("patches", self.patches, ("projected", "normalized"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,9 @@ class TextConfig(TransformerConfig):
         max_length: longest text, in tokens.
         causal: whether a token sees only itself and the tokens before it.
         pooling: "mean" over the real tokens, "eos", the last real token, or "cls", the first token.
+        tokens: "embedded" with vectors that are small at the start (standard deviation 0.02); or "normalized", with
+            vectors of unit length and a layer norm after them: where the token embedding is an output layer too, its
+            logits then have unit size from the first step on [ours].
 
     Raises:
         InputError: for a value outside these ranges, and for "cls" with `causal`, where the first token sees nothing
@@ -120,10 +128,12 @@ class TextConfig(TransformerConfig):
     max_length: int
     causal: bool = False
     pooling: Literal["mean", "eos", "cls"] = "mean"
+    tokens: Literal["embedded", "normalized"] = "embedded"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "vocabulary_size", "max_length")
+        require_choice("tokens", self.tokens, ("embedded", "normalized"))
         if self.pooling not in ("mean", "eos", "cls"):
             raise unknown_name("pooling", self.pooling, ("mean", "eos", "cls"))
         if self.causal and self.pooling == "cls":
@@ -138,36 +148,31 @@ CLIP_TEXT_B = TextConfig(vocabulary_size=49408, max_length=77, width=512, depth=
 
 
 class Transformer(nnx.Module):
-    """Dropout, `depth` pre-norm blocks and a final norm over embedded tokens."""
+    """Dropout, `depth` pre-norm blocks and a final norm over embedded tokens.
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    Args:
+        config: the blocks.
+        block: their class, `repkit.models.layers.Block` or one that is made alike.
+        rngs: source of the initial parameters.
+    """
+
+    def __init__(self, config: TransformerConfig, *, block: Callable[..., nnx.Module] = Block, rngs: nnx.Rngs):
         self.dropout = config.dropout
         self.remat = config.remat
-        self.blocks = nnx.List(
-            [
-                Block(
-                    config.width,
-                    config.heads,
-                    config.mlp_ratio * config.width,
-                    dropout=config.dropout,
-                    dtype=config.dtype,
-                    rngs=rngs,
-                )
-                for _ in range(config.depth)
-            ]
+        sizes = config.width, config.heads, config.mlp_ratio * config.width
+        self.blocks: nnx.List[Any] = nnx.List(
+            [block(*sizes, dropout=config.dropout, dtype=config.dtype, rngs=rngs) for _ in range(config.depth)]
         )
         self.norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
 
     def transform(
-        self,
-        tokens: Float[Array, "b n width"],
-        mask: Bool[Array, "#b #heads #n #n"] | None,
-        key: Key[Array, ""] | None,
+        self, tokens: Float[Array, "b n width"], *given: Array | None, key: Key[Array, ""] | None
     ) -> Float[Array, "b n width"]:
+        """The tokens after all blocks, each of which is called with them, what is `given`, and a key of its own."""
         tokens = dropout(tokens, self.dropout, fold(key, len(self.blocks)))
         run = nnx.remat(call) if self.remat else call
         for index, block in enumerate(self.blocks):
-            tokens = run(block, tokens, mask, fold(key, index))
+            tokens = run(block, tokens, *given, fold(key, index))
         return self.norm(tokens)
 
 
@@ -184,9 +189,13 @@ class VisionTransformer(Transformer):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.config = config
-        patch_count = (config.image_size // config.patch_size) ** 2
-        self.patch_embedding = Dense(3 * config.patch_size**2, config.width, dtype=config.dtype, rngs=rngs)
-        self.positions = embedding(rngs, patch_count + (config.pooling == "cls"), config.width)
+        patch_count, pixels = (config.image_size // config.patch_size) ** 2, 3 * config.patch_size**2
+        self.patch_embedding = Dense(pixels, config.width, dtype=config.dtype, rngs=rngs)
+        position_std = 0.02
+        if config.patches == "normalized":
+            self.patch_norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
+            position_std = 1.0
+        self.positions = embedding(rngs, patch_count + (config.pooling == "cls"), config.width, std=position_std)
         if config.pooling == "cls":
             self.cls = embedding(rngs, 1, config.width)
 
@@ -200,11 +209,14 @@ class VisionTransformer(Transformer):
         Raises:
             InputError: for images of another shape or dtype.
         """
-        tokens = self.patch_embedding(patches(image, self.config.image_size, self.config.patch_size, self.config.dtype))
+        pixels = patches(image, self.config.image_size, self.config.patch_size, self.config.dtype)
+        tokens = self.patch_embedding(pixels)
+        if self.config.patches == "normalized":
+            tokens = self.patch_norm(tokens)
         if self.config.pooling == "cls":
             cls = jnp.broadcast_to(self.cls[...].astype(tokens.dtype), (len(tokens), 1, self.config.width))
             tokens = jnp.concatenate([cls, tokens], axis=1)
-        tokens = self.transform(tokens + self.positions[...].astype(tokens.dtype), None, key)
+        tokens = self.transform(tokens + self.positions[...].astype(tokens.dtype), None, key=key)
         pooled = tokens[:, 0].astype(jnp.float32) if self.config.pooling == "cls" else tokens.mean(1, dtype=jnp.float32)
         return Encoded(pooled, tokens)
 
@@ -222,8 +234,10 @@ class TextTransformer(Transformer):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.config = config
-        self.token_embedding = embedding(rngs, config.vocabulary_size, config.width)
-        self.positions = embedding(rngs, config.max_length, config.width)
+        self.token_embedding = self.table(config.vocabulary_size, rngs)
+        self.positions = self.table(config.max_length, rngs)
+        if config.tokens == "normalized":
+            self.token_norm = LayerNorm(config.width, dtype=config.dtype, rngs=rngs)
 
     def __call__(
         self, token_ids: Int[Array, "b l"], token_mask: Bool[Array, "b l"], *, key: Key[Array, ""] | None = None
@@ -246,17 +260,28 @@ class TextTransformer(Transformer):
         length = token_ids.shape[1]
         if length > self.config.max_length:
             raise InputError(f"a text has at most max_length={self.config.max_length} tokens, got {length}")
-        tokens = (embed(self.token_embedding[...], token_ids) + self.positions[:length]).astype(self.config.dtype)
+        tokens = self.embed(token_ids, self.positions[:length])
         mask = padding_mask(token_mask)
         if self.config.causal:
             mask = mask & causal_mask(length)
-        tokens = self.transform(tokens, mask, key)
-        return Encoded(_pool(tokens, token_mask, self.config.pooling), tokens)
+        tokens = self.transform(tokens, mask, key=key)
+        return Encoded(pool(tokens, token_mask, self.config.pooling), tokens)
+
+    def table(self, rows: int, rngs: nnx.Rngs) -> nnx.Param[Array]:
+        """A table of vectors of the size that this encoder's have at the start."""
+        std = self.config.width**-0.5 if self.config.tokens == "normalized" else 0.02
+        return embedding(rngs, rows, self.config.width, std=std)
+
+    def embed(self, token_ids: Int[Array, "b l"], positions: Float[Array, "#l width"]) -> Float[Array, "b l width"]:
+        """Tokens at their positions, before any block."""
+        tokens = embed(self.token_embedding[...], token_ids) + positions
+        return self.token_norm(tokens) if self.config.tokens == "normalized" else tokens.astype(self.config.dtype)
 
 
-def _pool(
+def pool(
     tokens: Float[Array, "b l width"], token_mask: Bool[Array, "b l"], pooling: Literal["mean", "eos", "cls"]
 ) -> Float[Array, "b width"]:
+    """One float32 vector for each text; zero for one without any real token."""
     if pooling == "mean":
         pooled = token_mask
     elif pooling == "cls":

@@ -4,7 +4,7 @@ Training, checkpoints and sharding rules see `init`, `forward` and readable para
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -71,6 +71,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], *, capture: Capture = NO
     wanted = show(module, capture)
     restore = _restorer(module)
 
+    # Building a module of tracers takes a second for a few layers; jit remembers the trace for the next one who asks.
+    @jax.jit
     def init(key: Key[Array, ""]) -> Params:
         return parameters(build(nnx.Rngs(key)))
 
@@ -148,6 +150,12 @@ def with_learned(model: ModelT, learned: Mapping[str, Callable[[Key[Array, ""]],
 def rows_of(batch: Batch) -> int:
     """The number of examples in a batch."""
     return len(next(iter(batch.values())))
+
+
+def require_in_batch(batch: Batch, names: Sequence[str]) -> None:
+    """Raises `InputError` unless the batch has all of these arrays."""
+    if missing := [name for name in names if name not in batch]:
+        raise InputError(f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}")
 
 
 def parameters(module: nnx.Module) -> Params:

@@ -1,13 +1,15 @@
 """Beam search, of which greedy decoding is the case of one beam, as one program with a cache."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from repkit.checks import InputError, require_range
+from repkit.models.functional import Batch, Params, require_in_batch
 
 Cache = TypeVar("Cache")
 """Arrays [b beams ...]: what a model keeps of each hypothesis."""
@@ -141,6 +143,41 @@ def beam_search(
     )
     search = jax.lax.while_loop(lambda s: (s.length < max_length) & ~done(s).all(), advance, start)
     return _better(search.best, score(search.log_probs, max_length), search.token_ids, may=~done(search))
+
+
+class Generator(Protocol):
+    """A module that generates sequences."""
+
+    def generate(self, batch: Batch, *, beams: int, max_length: int, length_penalty: Array) -> Generated: ...
+
+
+def make_generate(
+    restore: Callable[[Params], Generator], *, source: Sequence[str], longest: int
+) -> Callable[..., Generated]:
+    """`generate(params, batch, *, beams=1, max_length=None, length_penalty=0.0)` of a module, as one jitted program.
+
+    Args:
+        restore: from parameters to the module.
+        source: the arrays of a batch that it reads.
+        longest: most tokens of a sequence, which `max_length` is at most, and by default.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("beams", "max_length"))
+    def search(params: Params, batch: Batch, length_penalty: Array, *, beams: int, max_length: int) -> Generated:
+        return restore(params).generate(batch, beams=beams, max_length=max_length, length_penalty=length_penalty)
+
+    def generate(
+        params: Params, batch: Batch, *, beams: int = 1, max_length: int | None = None, length_penalty: float = 0.0
+    ) -> Generated:
+        max_length = longest if max_length is None else max_length
+        require_range("generate", "beams", beams, at_least=1)
+        require_range("generate", "max_length", max_length, at_least=1, at_most=longest)
+        require_range("generate", "length_penalty", length_penalty, at_least=0)
+        require_in_batch(batch, source)
+        arrays = {name: batch[name] for name in source}
+        return search(params, arrays, jnp.float32(length_penalty), beams=beams, max_length=max_length)
+
+    return generate
 
 
 def _better(

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int32, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from repkit.checks import InputError, require_range
+from repkit.checks import InputError
 from repkit.models.capture import NOTHING, Capture
 from repkit.models.decoder import Decoder
-from repkit.models.embeddings import Dtype, embed, embedding, patches
+from repkit.models.embeddings import Dtype, embed, embedding, patches, token_logits
 from repkit.models.encoders import Transformer, TransformerConfig, VisionConfig, require_positive
-from repkit.models.functional import Batch, Outputs, Params, functional, restorer
-from repkit.models.generation import Generated, beam_search
-from repkit.models.layers import Dense, KeysValues, LayerNorm, fold, padding_mask
+from repkit.models.functional import Batch, Outputs, Params, functional, require_in_batch, restorer
+from repkit.models.generation import Generated, make_generate
+from repkit.models.layers import Dense, LayerNorm, fold, padding_mask
 
 _SOURCE = ("image", "source_ids", "source_mask")
 _TARGET = ("target_ids", "target_mask")
@@ -145,7 +145,7 @@ class SequenceToSequence(nnx.Module):
         Raises:
             InputError: if the batch lacks one of them, or it has a wrong shape.
         """
-        _require(batch, _SOURCE + _TARGET)
+        require_in_batch(batch, _SOURCE + _TARGET)
         _require_text(batch, "target", self.config.max_target_length)
         context, context_mask = self.encode(batch, key=fold(key, 0))
         begin = jnp.full((len(batch["target_ids"]), 1), self.config.begin_id, jnp.int32)
@@ -165,35 +165,26 @@ class SequenceToSequence(nnx.Module):
         seen = seen + (self.image_positions[...] + self.kinds[_IMAGE]).astype(seen.dtype)
         read = self._embed(token_ids, self.source_positions[: token_ids.shape[1]] + self.kinds[_TEXT])
         mask = jnp.concatenate([jnp.ones(seen.shape[:2], bool), batch["source_mask"]], axis=1)
-        tokens = self.encoder.transform(jnp.concatenate([seen, read], axis=1), padding_mask(mask), key)
+        tokens = self.encoder.transform(jnp.concatenate([seen, read], axis=1), padding_mask(mask), key=key)
         return tokens, mask
 
     def generate(
         self, batch: Batch, *, beams: int, max_length: int, length_penalty: float | Float[Array, ""]
     ) -> Generated:
         """The targets that beam search finds for the sources of a batch; see `beam_search`."""
-        config = self.config
-        context, context_mask = self.encode(batch)
-        contexts = self.decoder.contexts(context)
 
-        def step(
-            token_ids: Int32[Array, "b beams"], position: Int[Array, ""], past: list[KeysValues]
-        ) -> tuple[Float[Array, "b beams v"], list[KeysValues]]:
-            here = jax.lax.dynamic_slice_in_dim(self.target_positions[...], position, 1)
-            tokens, past = self.decoder.step(self._embed(token_ids, here), position, past, contexts, context_mask)
-            return self._logits(tokens), past
+        def embed_at(token_ids: Int[Array, "b beams"], position: Int[Array, ""]) -> Float[Array, "b beams width"]:
+            return self._embed(token_ids, jax.lax.dynamic_slice_in_dim(self.target_positions[...], position, 1))
 
-        head_dim = config.width // config.heads
-        empty = jnp.zeros((len(context), beams, max_length, config.heads, head_dim), config.dtype)
-        return beam_search(
-            step,
-            [KeysValues(empty, empty) for _ in contexts],
-            rows=len(context),
+        return self.decoder.search(
+            *self.encode(batch),
+            embed=embed_at,
+            predict=self._logits,
             beams=beams,
             max_length=max_length,
-            begin_id=config.begin_id,
-            end_id=config.end_id,
-            pad_id=config.pad_id,
+            begin_id=self.config.begin_id,
+            end_id=self.config.end_id,
+            pad_id=self.config.pad_id,
             length_penalty=length_penalty,
         )
 
@@ -201,10 +192,7 @@ class SequenceToSequence(nnx.Module):
         return self.text_norm(embed(self.token_embedding[...], token_ids) + added)
 
     def _logits(self, tokens: Float[Array, "b l width"]) -> Float[Array, "b l v"]:
-        rows = tokens.reshape(-1, tokens.shape[-1])
-        table = self.token_embedding[...].astype(rows.dtype)
-        logits = jnp.einsum("nd,vd->nv", rows, table, preferred_element_type=jnp.float32)
-        return logits.reshape(*tokens.shape[:-1], -1)
+        return token_logits(tokens, self.token_embedding[...])
 
 
 class SequenceModel(NamedTuple):
@@ -223,8 +211,9 @@ class SequenceModel(NamedTuple):
     generate: Callable[..., Generated]
 
 
+@functools.cache
 def sequence_to_sequence(config: SequenceConfig, *, capture: Capture = NOTHING) -> SequenceModel:
-    """The encoder-decoder as pure functions.
+    """The encoder-decoder as pure functions; one and the same ones for equal arguments, so that JAX knows their traces.
 
     Args:
         config: the model.
@@ -257,29 +246,9 @@ def sequence_to_sequence(config: SequenceConfig, *, capture: Capture = NOTHING) 
     def build(rngs: nnx.Rngs) -> SequenceToSequence:
         return SequenceToSequence(config, rngs=rngs)
 
-    model, restore = functional(build, capture=capture), restorer(build)
-
-    @functools.partial(jax.jit, static_argnames=("beams", "max_length"))
-    def search(params: Params, source: Batch, length_penalty: Array, *, beams: int, max_length: int) -> Generated:
-        return restore(params).generate(source, beams=beams, max_length=max_length, length_penalty=length_penalty)
-
-    def generate(
-        params: Params, batch: Batch, *, beams: int = 1, max_length: int | None = None, length_penalty: float = 0.0
-    ) -> Generated:
-        max_length = config.max_target_length if max_length is None else max_length
-        require_range("generate", "beams", beams, at_least=1)
-        require_range("generate", "max_length", max_length, at_least=1, at_most=config.max_target_length)
-        require_range("generate", "length_penalty", length_penalty, at_least=0)
-        _require(batch, _SOURCE)
-        source = {name: batch[name] for name in _SOURCE}
-        return search(params, source, jnp.float32(length_penalty), beams=beams, max_length=max_length)
-
+    model = functional(build, capture=capture)
+    generate = make_generate(restorer(build), source=_SOURCE, longest=config.max_target_length)
     return SequenceModel(model.init, model.forward, generate)
-
-
-def _require(batch: Batch, names: tuple[str, ...]) -> None:
-    if missing := [name for name in names if name not in batch]:
-        raise InputError(f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}")
 
 
 def _require_text(batch: Batch, name: str, max_length: int) -> None:

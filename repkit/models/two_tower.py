@@ -1,7 +1,7 @@
 """Two towers, image and text, that meet on one unit sphere."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,9 +12,18 @@ from jaxtyping import Array, Float, Key
 from repkit.checks import InputError
 from repkit.models.capture import NOTHING, Capture
 from repkit.models.encoders import Encoded, TextConfig, TextTransformer, VisionConfig, VisionTransformer
-from repkit.models.functional import Batch, Model, Outputs, functional
+from repkit.models.functional import Batch, Model, Outputs, functional, require_in_batch
 from repkit.models.layers import Dense, fold
 from repkit.numerics import normalize
+
+Views = Mapping[str, tuple[str, ...]]
+"""From the name of a view in the outputs to the names of its arrays in the batch."""
+
+IMAGE_VIEWS: Views = {"image": ("image",), "augmented_image": ("augmented_image",)}
+TEXT_VIEWS: Views = {
+    "text": ("token_ids", "token_mask"),
+    "augmented_text": ("augmented_token_ids", "augmented_token_mask"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +99,32 @@ class TwoTower(nnx.Module):
         Raises:
             InputError: if the batch has none of them, token ids without a mask, or arrays of a wrong shape.
         """
+        outputs, _ = self.towers(batch, IMAGE_VIEWS, TEXT_VIEWS, key=key)
+        return outputs | {"logit_scale": self.logit_scale()}
+
+    def towers(
+        self, batch: Batch, images: Views, texts: Views, *, key: Key[Array, ""] | None
+    ) -> tuple[Outputs, dict[str, Float[Array, "b n width"]]]:
+        """The embeddings and the encoded tokens of the views that the batch has, by their names.
+
+        Raises:
+            InputError: if it has none of them, or a part of one.
+        """
         outputs: Outputs = {}
-        if views := [prefix for prefix in ("", "augmented_") if f"{prefix}image" in batch]:
-            encoded = self.image(_rows_of_views(batch, "image", views), key=fold(key, 0))
-            outputs |= self._embed("image", encoded, views)
-        if views := [prefix for prefix in ("", "augmented_") if f"{prefix}token_ids" in batch]:
-            token_ids, token_mask = (_rows_of_views(batch, name, views) for name in ("token_ids", "token_mask"))
-            outputs |= self._embed("text", self.text(token_ids, token_mask, key=fold(key, 1)), views)
+        tokens: dict[str, Float[Array, "b n width"]] = {}
+        towers = (("image", self.image, images), ("text", self.text, texts))
+        for index, (modality, encoder, views) in enumerate(towers):
+            present = {name: arrays for name, arrays in views.items() if arrays[0] in batch}
+            if not present:
+                continue
+            rows = [_rows_of_views(batch, names) for names in zip(*present.values(), strict=True)]
+            encoded: Encoded = encoder(*rows, key=fold(key, index))
+            outputs |= self._embed(modality, encoded, tuple(present))
+            split = encoded.tokens.reshape(-1, len(present), *encoded.tokens.shape[1:])
+            tokens |= {name: split[:, index] for index, name in enumerate(present)}
         if not outputs:
             raise InputError(f"the batch must have image or token_ids, got only: {', '.join(sorted(batch))}")
-        return outputs | {"logit_scale": self.logit_scale()}
+        return outputs, tokens
 
     def logit_scale(self) -> Float[Array, ""]:
         """`min(exp(log_logit_scale), max_logit_scale)`."""
@@ -113,10 +138,7 @@ class TwoTower(nnx.Module):
             projections["independent"] = getattr(self, f"{modality}_independent_projection")
         shape = (len(encoded.pooled) // len(views), len(views), -1)
         rows = {name: normalize(projection(encoded.pooled)).reshape(shape) for name, projection in projections.items()}
-        return {
-            f"{prefix}{modality}": {name: values[:, index] for name, values in rows.items()}
-            for index, prefix in enumerate(views)
-        }
+        return {view: {name: values[:, index] for name, values in rows.items()} for index, view in enumerate(views)}
 
 
 def two_tower(config: TwoTowerConfig, *, capture: Capture = NOTHING) -> Model:
@@ -151,18 +173,15 @@ def _projection(width: int, embed_dim: int, rngs: nnx.Rngs) -> Dense:
     return Dense(width, embed_dim, use_bias=False, dtype=jnp.float32, rngs=rngs)
 
 
-def _rows_of_views(batch: Batch, name: str, views: Sequence[str]) -> Array:
+def _rows_of_views(batch: Batch, names: Sequence[str]) -> Array:
     """The views of each example as consecutive rows, [b * views ...].
 
     All views go through the encoder in one pass, as fast as in several and compiled in half the time. As consecutive
     rows, and not one view after the other, they stay on the device that has their example.
     """
-    names = [f"{prefix}{name}" for prefix in views]
-    missing = [full_name for full_name in names if full_name not in batch]
-    if missing:
-        raise InputError(f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}")
+    require_in_batch(batch, names)
     shape = batch[names[0]].shape
-    if any(batch[full_name].shape != shape for full_name in names):
-        given = ", ".join(str(list(batch[full_name].shape)) for full_name in names)
+    if any(batch[name].shape != shape for name in names):
+        given = ", ".join(str(list(batch[name].shape)) for name in names)
         raise InputError(f"{' and '.join(names)} must have one shape, got {given}")
-    return jnp.stack([batch[full_name] for full_name in names], axis=1).reshape(len(views) * shape[0], *shape[1:])
+    return jnp.stack([batch[name] for name in names], axis=1).reshape(len(names) * shape[0], *shape[1:])

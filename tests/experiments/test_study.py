@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.study import Run, Runs, interval, paired_difference
+from experiments.study import Run, Runs, interval, paired_difference, run_missing
 from repkit.checks import InputError
 
 
@@ -62,3 +62,18 @@ def test_a_difference_is_taken_seed_by_seed():
     assert difference.values == 2
     with pytest.raises(InputError, match="no seed"):
         paired_difference(ours, runs_of({5: 0.1}), "accuracy")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_missing_runs_are_made_and_kept_by_any_number_of_workers(tmp_path, workers):
+    runs = Runs(tmp_path / "runs.jsonl")
+    runs.run({"seed": 1}, lambda: {"seed": 10.0})
+    settings = [{"seed": seed} for seed in range(4)]
+    assert not run_missing(runs, settings, dict, workers=workers, minutes=0)
+    assert len(list(runs)) == 1
+    told = []
+    # `dict` is a function that a worker finds: a run's metrics are its settings.
+    assert run_missing(runs, settings, dict, workers=workers, tell=told.append)
+    kept = {run.settings["seed"]: run.metrics["seed"] for run in Runs(tmp_path / "runs.jsonl")}
+    assert kept == {0: 0.0, 1: 10.0, 2: 2.0, 3: 3.0}
+    assert sorted(run.settings["seed"] for run in told) == [0, 2, 3]

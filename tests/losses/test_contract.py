@@ -106,6 +106,43 @@ def bridge_times() -> np.ndarray:
     return np.asarray(jax.random.uniform(make_key(), (B,), jnp.float64, *SAMPLED_TIMES))
 
 
+QUEUE = np.random.default_rng(17).normal(size=(2, 24, D))
+QUEUE_LABELS = np.random.default_rng(18).integers(0, 20, 24).astype(np.int32)
+QUEUE_FILLED = np.arange(24) >= 5
+TEACHER_PAIR = {"teacher_image_embeds": (), "teacher_text_embeds": ()}
+
+
+def queue(size: int) -> losses.FeatureQueue:
+    """The last `size` places of the queue."""
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    return losses.init_queue(size, D, dtype)._replace(
+        image_embeds=jnp.asarray(QUEUE[0, 24 - size :], dtype),
+        text_embeds=jnp.asarray(QUEUE[1, 24 - size :], dtype),
+        labels=jnp.asarray(QUEUE_LABELS[24 - size :]),
+        filled=jnp.asarray(QUEUE_FILLED[24 - size :]),
+        position=jnp.int32(size - 2),
+    )
+
+
+def queue_case(size: int = 24, target_share: float = 0.4, **options) -> dict[str, Any]:
+    """The fields of a case of queue_contrastive."""
+    kept = slice(24 - size, None)
+    stored = {"image_embeds": QUEUE[0, kept], "text_embeds": QUEUE[1, kept]}
+    stored |= {"labels": QUEUE_LABELS[kept], "filled": QUEUE_FILLED[kept]}
+
+    def evaluate(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+        return reference.queue_contrastive(**now, queue=stored, target_share=target_share, held=held)
+
+    return {
+        "loss": losses.queue_contrastive,
+        "arrays": PAIR | TEACHER_PAIR,
+        "constants": tuple(TEACHER_PAIR),
+        "reference": evaluate,
+        "scalars": {"logit_scale": 3.0},
+        "options": lambda: {"memory": queue(size), "target_share": target_share, **options},
+    }
+
+
 MEMORY_REFERENCE = {
     "image_to_text": MEMORY_VALUES[0],
     "text_to_image": MEMORY_VALUES[1],
@@ -225,6 +262,17 @@ def caption_reference(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
     return distillation_reference.caption_cross_entropy(**now)
 
 
+# One class is unknown.
+CLASSES = np.where(np.arange(B) == 4, -1, TOKEN_IDS[:, 0]).astype(np.int32)
+
+
+def class_reference(now: dict[str, Any], held: dict[str, Any]) -> np.ndarray:
+    labels = np.asarray(now["labels"])
+    texts = {"logits": now["logits"][:, None], "token_ids": labels[:, None], "token_mask": labels[:, None] >= 0}
+    others = {name: value for name, value in now.items() if name not in ("logits", "labels")}
+    return distillation_reference.caption_cross_entropy(**texts, **others)
+
+
 def state_projection() -> jax.Array:
     return jnp.asarray(np.random.default_rng(16).normal(size=(D, D)))
 
@@ -333,6 +381,22 @@ CASES = {
         options=lambda: {"memory": memory(), "memory_rate": 0.3},
         mistakes=(({"memory_rate": None}, "a memory needs memory_rate"),),
     ),
+    "queue_contrastive": Case(
+        **queue_case(),
+        rows={"labels": LABELS},
+        mistakes=(
+            ({"target_share": 1.5}, "expected target_share >= 0 and <= 1"),
+            (
+                {"memory": losses.init_queue(4, D + 1)},
+                f"expected d = {D}, as in image_embeds, got d = {D + 1} in memory",
+            ),
+            ({"memory_axis_name": "data"}, "expected memory_axis_name to be None or axis_name=None, got 'data'"),
+        ),
+    ),
+    "queue_contrastive, hard targets, without labels, in odd blocks": Case(
+        **queue_case(size=21, target_share=0.0, form=losses.Blocks(5, exchange="gather"))
+    ),
+    "queue_contrastive, plain": Case(**queue_case(size=21, form="plain"), rows={"labels": LABELS}),
     "gamma_contrastive": Case(
         losses.gamma_contrastive,
         PAIR,
@@ -623,6 +687,16 @@ CASES = {
         scalars={"label_smoothing": 0.2},
         rows={"token_ids": TOKEN_IDS},
         positional_rows=("token_ids",),
+    ),
+    "classification_cross_entropy": Case(
+        losses.classification_cross_entropy,
+        {"logits": ()},
+        class_reference,
+        scalars={"label_smoothing": 0.2},
+        rows={"labels": CLASSES},
+        positional_rows=("labels",),
+        own_widths=True,
+        mistakes=(({"label_smoothing": -0.5}, "expected label_smoothing >= 0 and <= 1"),),
     ),
 }
 # Where a test is about a loss and not about its options, the first case of each loss stands for it: one that draws, if

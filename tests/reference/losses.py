@@ -104,6 +104,42 @@ def global_contrastive(
     return losses
 
 
+def queue_contrastive(
+    image_embeds,
+    text_embeds,
+    teacher_image_embeds,
+    teacher_text_embeds,
+    *,
+    logit_scale,
+    queue,
+    target_share,
+    labels=None,
+    held,
+    where=None,
+    weights=None,
+):
+    """`queue` has image_embeds, text_embeds, labels and filled; the targets are computed from what is `held`."""
+    rows = _rows(where, len(image_embeds))
+    losses = np.zeros(len(image_embeds))
+    for anchors, teacher, others, stored in (
+        (image_embeds, held["teacher_image_embeds"], held["teacher_text_embeds"], queue["text_embeds"]),
+        (text_embeds, held["teacher_text_embeds"], held["teacher_image_embeds"], queue["image_embeds"]),
+    ):
+        for i in rows:
+            candidates = [(others[j], _same(i, j, labels)) for j in rows]
+            for place, vector in enumerate(stored):
+                if queue["filled"][place]:
+                    candidates.append((vector, labels is not None and queue["labels"][place] == labels[i]))
+            scores = [logit_scale * float(np.dot(anchors[i], vector)) for vector, _ in candidates]
+            soft = [np.exp(held["logit_scale"] * float(np.dot(teacher[i], vector))) for vector, _ in candidates]
+            positives = sum(is_positive for _, is_positive in candidates)
+            log_sum = np.log(sum(np.exp(score) for score in scores))
+            for score, weight, (_, is_positive) in zip(scores, soft, candidates, strict=True):
+                target = target_share * weight / sum(soft) + (1 - target_share) * is_positive / positives
+                losses[i] += target * (log_sum - score) / 2
+    return losses
+
+
 def _same(i, j, labels):
     return i == j or (labels is not None and labels[i] == labels[j])
 
