@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,13 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from experiments import recipe_runs
 from experiments.head_alignment import MAIN_METRIC
 from experiments.study import Run, Runs, interval, markdown_table, paired_difference, run_missing
 from repkit import plots
 from repkit.cli import main as repkit_command
-from repkit.evaluate.results import read_results
 
 RECIPE = Path(__file__).with_name("head_alignment.py")
 RESULTS = Path(__file__).parent / "results" / "head_alignment"
@@ -135,7 +132,7 @@ def student_settings(study: Study, *, pretrained: bool) -> Iterator[dict[str, An
 
 def run_all(study: Study, minutes: float) -> bool:
     """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
-    _keep_programs(study.work / "programs")
+    recipe_runs.keep_programs(study.work / "programs")
     end = time.monotonic() + 60 * minutes
     runs = Runs(study.results / "runs.jsonl")
     make = functools.partial(train_student, study)
@@ -149,14 +146,6 @@ def run_all(study: Study, minutes: float) -> bool:
         if not run_missing(runs, students, make, workers=study.workers, minutes=left, tell=_tell):
             return False
     return True
-
-
-def _keep_programs(folder: Path) -> None:
-    """Keeps compiled programs, unless the environment says where: runs that differ in their seed are one program."""
-    # Workers read the environment; this process has read it.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    kept = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.resolve()))
-    jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def _tell(run: Run) -> None:
@@ -204,21 +193,13 @@ def student_folder(study: Study, settings: Mapping[str, Any]) -> Path:
 
 
 def train(study: Study, folder: Path, settings: Iterable[str]) -> None:
-    """`repkit train` with these settings, to the end."""
-    options = [item for setting in (*study.common, *settings) for item in ("--set", setting)]
-    command = ["train", str(RECIPE), "--run", str(folder), "--resume", *options]
-    code = repkit_command([*command, "--smoke"] if study.smoke else command)
-    if code:
-        raise SystemExit(code)
+    """Trains the recipe with these settings, to the end."""
+    recipe_runs.train(RECIPE, folder, (*study.common, *settings), smoke=study.smoke)
 
 
 def evaluate(folder: Path) -> dict[str, float]:
-    """`repkit evaluate`: the metrics on the test scenes."""
-    code = repkit_command(["evaluate", str(folder)])
-    if code:
-        raise SystemExit(code)
-    # An evaluation that was interrupted before its run was kept is made again, and adds a second line.
-    return read_results(folder / "results.jsonl")[-1].metrics
+    """The metrics on the test scenes."""
+    return recipe_runs.evaluate(folder)[-1].metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------

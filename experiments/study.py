@@ -160,38 +160,6 @@ def _name(settings: Settings) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-class Program(NamedTuple):
-    """Runs that are made together, because one compiled program makes them.
-
-    Attributes:
-        settings: of each run.
-        make: the metrics of each run.
-    """
-
-    settings: Sequence[dict[str, Any]]
-    make: Callable[[], Sequence[Mapping[str, float]]]
-
-
-def run_programs(runs: Runs, programs: Iterable[Program], minutes: float) -> bool:
-    """Makes the runs that are missing, as many as begin within the minutes; whether all are there.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     program = Program([{"seed": 0}, {"seed": 1}], lambda: [{"accuracy": 0.5}, {"accuracy": 0.7}])
-    ...     run_programs(Runs(Path(folder) / "runs.jsonl"), [program], minutes=1)
-    True
-    """
-    start = time.monotonic()
-    for program in programs:
-        if all(settings in runs for settings in program.settings):
-            continue
-        if time.monotonic() - start > 60 * minutes:
-            return False
-        for settings, metrics in zip(program.settings, program.make(), strict=True):
-            runs.run(settings, lambda metrics=metrics: metrics)
-    return True
-
-
 class Interval(NamedTuple):
     """A mean with its 95 % interval.
 

@@ -11,7 +11,7 @@ because I(Z; Y) <= min(I(X_T; Y), I(X_V; Y)) and I(X_T, X_V; Y) >= max(I(X_T; Y)
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -78,8 +78,8 @@ class Outcome(NamedTuple):
         misalignment: E |Z_T - Z_V|^2.
     """
 
-    excess: Float[Array, "..."]
-    misalignment: Float[Array, "..."]
+    excess: float
+    misalignment: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,57 +138,52 @@ def components(joint: Joint) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " v
     return labels[: joint.shape[0]], labels[joint.shape[0] :]
 
 
-def train(joints: Sequence[Joint], penalties: Sequence[float], seeds: Sequence[int], training: Training) -> Outcome:
-    """Features by the cross-entropy plus `penalty E |Z_T - Z_V|^2`, for all worlds, penalties and seeds [w p s]."""
-    texts, images = joints[0].shape[:2]
-    run = _over_worlds((np.arange(texts), texts + np.arange(images)), training)
-    return run(*_stacked(joints), jnp.asarray(penalties, jnp.float32), jnp.asarray(seeds))
+def train(joint: Joint, penalty: float, seed: int, training: Training) -> Outcome:
+    """Features by the cross-entropy plus `penalty E |Z_T - Z_V|^2`, each text and each image with its own."""
+    texts, images = joint.shape[:2]
+    return _outcome(joint, (range(texts), range(texts, texts + images)), penalty, seed, training)
 
 
-def train_aligned(joints: Sequence[Joint], seeds: Sequence[int], training: Training) -> Outcome:
-    """Features that are equal for every text and image that occur together, in all worlds [w s]."""
-    rows = components(np.sum(joints, axis=0))
-    outcome = _over_worlds(rows, training)(*_stacked(joints), jnp.zeros(1), jnp.asarray(seeds))
-    return Outcome(*(values[:, 0] for values in outcome))
+def train_aligned(joint: Joint, seed: int, training: Training) -> Outcome:
+    """Features that are equal for every text and image that occur together."""
+    texts, images = components(joint)
+    return _outcome(joint, (texts.tolist(), images.tolist()), 0.0, seed, training)
 
 
-def _stacked(joints: Sequence[Joint]) -> tuple[Array, Array]:
-    """The distributions, and H(Y | X_T, X_V) of each."""
-    return jnp.asarray(np.stack(joints), jnp.float32), jnp.asarray([_conditional_entropy(joint) for joint in joints])
+def _outcome(
+    joint: Joint, rows: tuple[Iterable[int], Iterable[int]], penalty: float, seed: int, training: Training
+) -> Outcome:
+    texts, images = map(tuple, rows)
+    return Outcome(*map(float, _train((texts, images), training, joint, _conditional_entropy(joint), penalty, seed)))
 
 
-def _over_worlds(rows: tuple[np.ndarray, np.ndarray], training: Training) -> Callable[..., Outcome]:
-    run = partial(_train, rows, training)
-    for axes in ((None, None, None, 0), (None, None, 0, None), (0, 0, None, None)):
-        run = jax.vmap(run, in_axes=axes)
-    return jax.jit(run)
-
-
+@partial(jax.jit, static_argnames=("rows", "training"))
 def _train(
-    rows: tuple[np.ndarray, np.ndarray],
+    rows: tuple[tuple[int, ...], tuple[int, ...]],
     training: Training,
     joint: Float[Array, "t v y"],
     entropy: Float[Array, ""],
     penalty: Float[Array, ""],
     seed: Int[Array, ""],
-) -> Outcome:
-    """Trains a table of features, of which each text and each image has one row."""
+) -> tuple[Array, Array]:
+    """Excess and misalignment of trained features; `rows` are the places of each text and image in their table."""
     features_key, head_key = jax.random.split(jax.random.key(seed))
-    count, labels = int(np.max(rows)) + 1, joint.shape[2]
+    count, labels = max(map(max, rows)) + 1, joint.shape[2]
+    text_rows, image_rows = map(np.array, rows)
     params = {
         "features": jax.random.normal(features_key, (count, training.dim)),
         "head": 0.1 * jax.random.normal(head_key, (2, training.dim, labels)),
         "bias": jnp.zeros(labels),
     }
 
-    def outcome(params: dict[str, Array]) -> Outcome:
+    def outcome(params: dict[str, Array]) -> tuple[Array, Array]:
         features = normalize(params["features"])
-        texts, images = features[rows[0]], features[rows[1]]
+        texts, images = features[text_rows], features[image_rows]
         head = params["head"] * jnp.minimum(1.0, training.largest_scale / jnp.linalg.norm(params["head"]))
         logits = (texts @ head[0])[:, None] + (images @ head[1])[None] + params["bias"]
         cross_entropy = -jnp.sum(joint * jax.nn.log_softmax(logits))
         distances = jnp.sum((texts[:, None] - images[None]) ** 2, axis=-1)
-        return Outcome(cross_entropy - entropy, jnp.sum(joint.sum(axis=2) * distances))
+        return cross_entropy - entropy, jnp.sum(joint.sum(axis=2) * distances)
 
     def objective(params: dict[str, Array]) -> Array:
         excess, misalignment = outcome(params)
