@@ -22,6 +22,7 @@ Estimator = Literal[
     "gamma_expected",
     "gamma_sampled",
 ]
+Inputs = tuple[jax.Array, jax.Array]
 Projections = tuple[jax.Array, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Any]]
 
@@ -39,8 +40,8 @@ class Encoders:
         dim: of an embedding.
         logit_scale: of all losses.
         memory_rate: of the losses that remember.
-        rows: rows drawn in all, whatever the batch size.
-        warm_up: share of them that only fill the memory.
+        rows: rows that the mean is over, whatever the batch size.
+        warm_up: rows that only fill the memory before, as a share of `rows`.
     """
 
     pairs: int = 512
@@ -81,31 +82,15 @@ def measure(estimator: Estimator, encoders: Encoders, *, negatives: int, seed: i
         sums = jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
         memory = memory._replace(image_to_text=sums[0], text_to_image=sums[1], visited=jnp.ones(encoders.pairs, bool))
 
-    size = negatives + 1
-    length = max(encoders.rows // size // PARTS, 1)
-    warm_up = int(encoders.warm_up * length * PARTS)
-    gradient = jax.grad(partial(_loss(estimator, encoders), inputs), has_aux=True)
-
-    def step(state: tuple[Any, Any, Any], key: jax.Array) -> tuple[tuple[Any, Any, Any], None]:
-        memory, total, squares = state
-        rows_key, key = jax.random.split(key)
-        rows = jax.random.choice(rows_key, encoders.pairs, (size,), replace=False)
-        drawn, memory = gradient(projections, rows, memory, key)
-        return (memory, jax.tree.map(jnp.add, total, drawn), squares + _square(drawn)), None
-
-    @partial(jax.jit, static_argnums=2)
-    def walk(memory: Any, key: jax.Array, steps: int) -> tuple[Any, Any, jax.Array]:
-        zero = jax.tree.map(jnp.zeros_like, projections)
-        (memory, total, squares), _ = jax.lax.scan(step, (memory, zero, 0.0), jax.random.split(key, steps))
-        return memory, jax.tree.map(lambda x: x / steps, total), squares / steps
-
-    keys = jax.random.split(jax.random.key(seed), PARTS + 1)
-    memory = walk(memory, keys[-1], warm_up)[0] if warm_up else memory
+    batches = _Batches(estimator, encoders, negatives + 1)
+    length = max(encoders.rows // batches.size // PARTS, 1)
+    warm_up = round(encoders.warm_up * PARTS)
     means, squares = [], []
-    for key in keys[:PARTS]:
-        memory, mean, square = walk(memory, key, length)
-        means.append(np.concatenate([np.ravel(x) for x in mean]))
-        squares.append(float(square))
+    for place, key in enumerate(jax.random.split(jax.random.key(seed), warm_up + PARTS)):
+        memory, mean, square = _walk(batches, length, inputs, projections, memory, key)
+        if place >= warm_up:
+            means.append(np.concatenate([np.ravel(x) for x in mean]))
+            squares.append(float(square))
     exact = np.concatenate([np.ravel(x) for x in full])
     mean, norm = np.mean(means, axis=0), np.linalg.norm(exact)
     # The batches of one stretch share a memory with those of the next, but little of it.
@@ -114,7 +99,34 @@ def measure(estimator: Estimator, encoders: Encoders, *, negatives: int, seed: i
     return Errors(*(float(x / norm) for x in (np.linalg.norm(mean - exact), noise, deviation)))
 
 
-def _random_encoders(encoders: Encoders, seed: int) -> tuple[tuple[jax.Array, jax.Array], Projections]:
+class _Batches(NamedTuple):
+    """What is drawn: pairs of a batch, and the estimate of the gradient from them."""
+
+    estimator: Estimator
+    encoders: Encoders
+    size: int
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _walk(
+    batches: _Batches, steps: int, inputs: Inputs, projections: Projections, memory: Any, key: jax.Array
+) -> tuple[Any, Projections, jax.Array]:
+    """Draws batches; the memory afterwards, the mean gradient, and the mean of its square."""
+    gradient = jax.grad(partial(_loss(batches.estimator, batches.encoders), inputs), has_aux=True)
+
+    def step(state: tuple[Any, Any, Any], key: jax.Array) -> tuple[tuple[Any, Any, Any], None]:
+        memory, total, squares = state
+        rows_key, key = jax.random.split(key)
+        rows = jax.random.choice(rows_key, batches.encoders.pairs, (batches.size,), replace=False)
+        drawn, memory = gradient(projections, rows, memory, key)
+        return (memory, jax.tree.map(jnp.add, total, drawn), squares + _square(drawn)), None
+
+    zero = jax.tree.map(jnp.zeros_like, projections)
+    (memory, total, squares), _ = jax.lax.scan(step, (memory, zero, jnp.zeros(())), jax.random.split(key, steps))
+    return memory, jax.tree.map(lambda x: x / steps, total), squares / steps
+
+
+def _random_encoders(encoders: Encoders, seed: int) -> tuple[Inputs, Projections]:
     rng = np.random.default_rng(seed)
     shape = (encoders.pairs, encoders.features)
     shared = rng.normal(size=shape)
@@ -126,7 +138,7 @@ def _random_encoders(encoders: Encoders, seed: int) -> tuple[tuple[jax.Array, ja
     return (as_float32(inputs[0]), as_float32(inputs[1])), (as_float32(first), as_float32(second))
 
 
-def _embedder(inputs: tuple[jax.Array, jax.Array], rows: jax.Array) -> Callable[[Projections], list[jax.Array]]:
+def _embedder(inputs: Inputs, rows: jax.Array) -> Callable[[Projections], list[jax.Array]]:
     return lambda projections: [normalize(x[rows] @ w) for x, w in zip(inputs, projections, strict=True)]
 
 
@@ -138,7 +150,7 @@ def _loss(estimator: Estimator, encoders: Encoders) -> Loss:
     """`(inputs, projections, rows, memory, key) -> (loss of these rows, memory)`."""
 
     def loss(
-        inputs: tuple[jax.Array, jax.Array], projections: Projections, rows: jax.Array, memory: Any, key: jax.Array
+        inputs: Inputs, projections: Projections, rows: jax.Array, memory: Any, key: jax.Array
     ) -> tuple[jax.Array, Any]:
         embeds = _embedder(inputs, rows)(projections)
         common = {"logit_scale": encoders.logit_scale, "form": "plain"}

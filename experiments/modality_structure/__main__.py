@@ -6,8 +6,8 @@
     python -m experiments.modality_structure --smoke          all parts, tiny: under a minute
     python -m experiments.modality_structure --report         the tables and figures of what is finished
 
-Parts: `price`, features that must be equal, in a world whose information is known; `two_tower`, image and text towers on
-digit scenes with each structure, and the picture of the structures; `fusion`, a fusion model pre-trained with each
+Parts: `price`, features that must be equal, in a world whose information is known; `two_tower`, image and text towers
+on digit scenes with each structure, and the picture of the structures; `fusion`, a fusion model pre-trained with each
 structure, and its tasks. The results go to experiments/results/modality_structure/: every run as a JSON line, the
 tables, the figures, and the features that the picture is drawn from.
 """

@@ -3,23 +3,22 @@
 import numpy as np
 import pytest
 
-from experiments import gradient_bias, scalar_problem
-from experiments.scalar_problem import Lane, Training
-from experiments.study import Runs
-
-
-def test_programs_name_every_run_once_up_to_the_shown_negatives():
-    study = gradient_bias.Study()
-    named = [str(each) for program in gradient_bias.programs(study, gradient_bias.PARTS) for each in program.settings]
-    shown = len(study.optimum.methods) * len(study.optimum.sigmas) * len(study.optimum.starts)
-    assert len(named) - len(set(named)) == shown
+from experiments.gradient_bias import scalar_problem
+from experiments.gradient_bias.__main__ import STUDY, main
+from experiments.gradient_bias.real_input import RealInput
+from experiments.gradient_bias.scalar_problem import Lane, Training
 
 
 def test_batches_of_all_sizes_see_the_same_examples():
-    part = gradient_bias.Scenes()
-    configs = [gradient_bias.scene_config(part, "gamma_sampled", size).train for size in part.batch_sizes]
-    assert {config.steps * config.batch_size for config in configs} == {part.examples}
-    assert configs[0].learning_rate == pytest.approx(2 * configs[2].learning_rate)
+    part = RealInput()
+    configs = {}
+    for size in part.batch_sizes:
+        settings = part.train_settings({"method": "gamma_sampled", "batch_size": size, "seed": 0})
+        configs[size] = dict(setting.split("=", 1) for setting in settings)
+    seen = {int(config["train.steps"]) * int(config["train.batch_size"]) for config in configs.values()}
+    assert seen == {part.examples}
+    rates = {size: float(config["train.learning_rate"]) for size, config in configs.items()}
+    assert rates[512] == pytest.approx(2 * rates[128])
 
 
 def test_the_positive_score_of_bounded_negatives_puts_the_minimum_at_one():
@@ -48,17 +47,16 @@ def test_ours_goes_to_one_where_the_mini_batch_loss_does_not():
 @pytest.mark.slow
 def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert gradient_bias.main(["--smoke"]) == 0
-    study = gradient_bias.smoke(gradient_bias.Study())
-    tables = (study.results / "RESULTS.md").read_text()
+    assert main(["--smoke"]) == 0
+    results = tmp_path / "runs" / "gradient_bias" / "smoke" / "results"
+    tables = (results / "RESULTS.md").read_text()
     for heading in ("The optimum at 1, 4 negatives", "What tames it", "Error of the mean gradient", "Digit scenes"):
         assert heading in tables
-    for name in ("optimum", "optimum_sweep", "gradient", "scenes"):
-        assert (study.results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    lines = (study.results / "runs.jsonl").read_text()
-    runs = Runs(study.results / "runs.jsonl")
-    programs = list(gradient_bias.programs(study, gradient_bias.PARTS))
-    assert all(settings in runs for program in programs for settings in program.settings)
+    for name in ("optimum", "optimum_sweep", "mean_gradient", "real_input"):
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    lines = (results / "runs.jsonl").read_text()
+    assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
 
-    assert gradient_bias.run_all(study, gradient_bias.PARTS, minutes=0)
-    assert (study.results / "runs.jsonl").read_text() == lines
+    assert main(["--smoke", "--minutes", "0"]) == 0
+    assert (results / "runs.jsonl").read_text() == lines
+    assert "Not complete" not in capsys.readouterr().out
