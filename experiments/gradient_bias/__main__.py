@@ -40,7 +40,7 @@ STUDY = Study(
             seeds=(0, 1),
         ),
         "real_input": RealInput(
-            methods=("info_nce", "gamma_sampled"),
+            methods=("gamma_sampled",),
             batch_sizes=(16,),
             seeds=(0,),
             examples=64,

@@ -28,7 +28,7 @@ STUDY = Study(
     smoke={
         "price": Price(second_bits=("shared",), noises=(0.1, 0.3), seeds=(0, 1), training=Training(steps=300)),
         "two_tower": TwoTowers(
-            methods=("clip", "separation"),
+            methods=("separation",),
             seeds=(0,),
             recipe_settings=(
                 "model.width=16",
