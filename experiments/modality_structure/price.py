@@ -82,9 +82,13 @@ class Price:
 
     def draw(self, finished: Finished, setup: Setup) -> None:
         """Excess by penalty in the first kind of world, and excess against Delta in all."""
-        places = [(second_bit, noise) for second_bit in self.second_bits for noise in self.noises]
-        penalties = (*self.penalties, EXACT)
-        if not all(self._runs(finished, *place, penalty) for place in places for penalty in penalties):
+        is_complete = all(
+            self._runs(finished, second_bit, noise, penalty)
+            for second_bit in self.second_bits
+            for noise in self.noises
+            for penalty in (*self.penalties, EXACT)
+        )
+        if not is_complete:
             return
         figure, (left, right) = figures.panels(2, width=4.8, height=3.8)
         self._draw_penalties(left, finished)
