@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import recipe_runs
-from experiments.head_alignment import MAIN_METRIC
+from experiments.head_alignment import HEADS_FILE, MAIN_METRIC
 from experiments.study import Run, Runs, interval, markdown_table, paired_difference, run_missing
 from repkit import plots
 from repkit.cli import main as repkit_command
@@ -41,6 +44,9 @@ OURS = ("amad_mse", "amad_kl", "amad_token_kl", "amad_kl@0.1")
 """A number behind @ is the temperature of the alignment, which is 1 in the paper."""
 
 BASELINES = ("none", "logits", "one_to_one_kl", "mean_head", "merged_head")
+LOOKED_AT = ("none", "one_to_one_kl", "amad_kl", "amad_kl@0.1")
+"""Methods whose students' heads are compared with the teacher's."""
+
 TITLES = {
     "none": "no distillation",
     "logits": "logits only",
@@ -62,9 +68,9 @@ class Study:
         results: folder of the results.
         work: folder of the runs, which may be deleted afterwards.
         tasks: tasks of `experiments/head_alignment.py`.
-        heads: sizes of student, by number of heads.
+        heads: sizes of student, by number of heads; the largest last.
         methods: ways to learn from the teacher.
-        without_pretraining: methods that are also run with a teacher that had no pre-training.
+        without_pretraining: methods that the largest students also run with a teacher that had no pre-training.
         seeds: of the students.
         common: settings of all runs, NAME=VALUE.
         pretraining: settings of the model that the pre-trained teachers start from.
@@ -112,6 +118,7 @@ def smoke(study: Study) -> Study:
         methods=("one_to_one_kl", "amad_kl"),
         without_pretraining=(),
         seeds=(0, 1),
+        common=("model.encoder_depth=1", "examples=64"),
         pretraining=(),
         teacher=(),
         teacher_steps={},
@@ -125,7 +132,7 @@ def student_settings(study: Study, *, pretrained: bool) -> Iterator[dict[str, An
     of the study is a study too."""
     for seed in study.seeds:
         for task in study.tasks:
-            for heads in study.heads:
+            for heads in study.heads if pretrained else study.heads[-1:]:
                 for method in study.methods if pretrained else study.without_pretraining:
                     yield {"task": task, "heads": heads, "pretrained": pretrained, "method": method, "seed": seed}
 
@@ -136,8 +143,9 @@ def run_all(study: Study, minutes: float) -> bool:
     end = time.monotonic() + 60 * minutes
     runs = Runs(study.results / "runs.jsonl")
     make = functools.partial(train_student, study)
-    for pretrained in (True, False):
-        students = list(student_settings(study, pretrained=pretrained))
+    # The students of plain teachers task by task, because their teachers take longest.
+    for pretrained, tasks in [(True, study.tasks), *((False, (task,)) for task in study.tasks)]:
+        students = list(student_settings(dataclasses.replace(study, tasks=tasks), pretrained=pretrained))
         for task in dict.fromkeys(each["task"] for each in students if each not in runs):
             if time.monotonic() > end:
                 return False
@@ -145,6 +153,9 @@ def run_all(study: Study, minutes: float) -> bool:
         left = (end - time.monotonic()) / 60
         if not run_missing(runs, students, make, workers=study.workers, minutes=left, tell=_tell):
             return False
+    for settings in student_settings(study, pretrained=True):
+        if settings["method"] in LOOKED_AT and settings["heads"] == study.heads[-1]:
+            runs.run(_heads_of(settings), functools.partial(measure_heads, student_folder(study, settings)))
     return True
 
 
@@ -192,6 +203,40 @@ def student_folder(study: Study, settings: Mapping[str, Any]) -> Path:
     return study.work / "_".join(f"{name}-{value}" for name, value in settings.items())
 
 
+def _heads_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of what is measured of a student's heads."""
+    return {name: settings[name] for name in ("task", "heads", "method", "seed")} | {"measured": "heads"}
+
+
+def measure_heads(folder: Path) -> dict[str, float]:
+    """How the heads of a student resemble its teacher's, and those one another; means over matched layers.
+
+    Returns:
+        For encoder and cross-attention: `kept`, for a head of the teacher that has a student head of its number the
+        largest cosine with any head of the student, the mean over such heads; `dropped`, the same for the teacher's
+        other heads, from which one-to-one distillation does not learn; `teacher`, the cosine of two different heads
+        of the teacher.
+    """
+    code = repkit_command(["plot", str(folder)])
+    if code:
+        raise SystemExit(code)
+    cosines = json.loads((folder / "figures" / HEADS_FILE).read_text())
+    of: dict[str, list[float]] = {}
+    for name, values in cosines["student"].items():
+        best = np.max(values, axis=1)
+        heads = np.shape(values)[1]
+        of.setdefault(f"{_kind(name)}/kept", []).append(best[:heads].mean())
+        of.setdefault(f"{_kind(name)}/dropped", []).append(best[heads:].mean())
+    for name, values in cosines["teacher"].items():
+        different = ~np.eye(len(values), dtype=bool)
+        of.setdefault(f"{_kind(name)}/teacher", []).append(np.asarray(values)[different].mean())
+    return {name: float(np.mean(values)) for name, values in of.items()}
+
+
+def _kind(name: str) -> str:
+    return name.partition(":")[0]
+
+
 def train(study: Study, folder: Path, settings: Iterable[str]) -> None:
     """Trains the recipe with these settings, to the end."""
     recipe_runs.train(RECIPE, folder, (*study.common, *settings), smoke=study.smoke)
@@ -212,6 +257,7 @@ def report(study: Study) -> str:
     sections = [_teachers(study, runs)]
     for task in study.tasks:
         sections += [_accuracies(study, runs, task), _differences(study, runs, task)]
+    sections += [_heads(study, runs)]
     text = "\n\n".join(filter(None, sections)) + "\n"
     study.results.mkdir(parents=True, exist_ok=True)
     (study.results / "RESULTS.md").write_text(f"# Many heads into few\n\n{text}")
@@ -264,6 +310,29 @@ def _differences(study: Study, runs: Runs, task: str) -> str:
     return f"### Paired differences, {task}\n\n{markdown_table(header, rows)}"
 
 
+def _heads(study: Study, runs: Runs) -> str:
+    """What the students' heads took from the teacher's."""
+    rows = []
+    for task in study.tasks:
+        for method in LOOKED_AT:
+            found = runs.select(task=task, method=method, measured="heads")
+            if not found:
+                continue
+            for kind in ("encoder", "cross"):
+                cells = [[run.metrics[f"{kind}/{name}"] for run in found] for name in ("teacher", "kept", "dropped")]
+                rows.append([task, kind, TITLES[method], *(interval(cell).percent() for cell in cells)])
+    if not rows:
+        return ""
+    header = ["task", "attention", "method", "two heads of the teacher", "kept heads", "dropped heads"]
+    return f"""## Heads of teacher and student
+
+Cosine x 100 of attention maps on test scenes, students of {study.heads[-1]} heads. Of two different heads of the
+teacher; and the largest of a teacher's head with any head of the student: kept heads have a student head of their
+number, from the others one-to-one distillation does not learn.
+
+{markdown_table(header, rows)}"""
+
+
 def _columns(study: Study, runs: Runs, task: str) -> Iterator[tuple[int, bool]]:
     for heads in study.heads:
         for pretrained in (True, False):
@@ -301,13 +370,11 @@ def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, flo
 
 def _draw_alignment(study: Study, runs: Runs) -> None:
     """Draws the heads of the first seed's students beside the teacher's, without and with alignment."""
-    for method in ("none", "one_to_one_kl", "amad_kl"):
+    for method in LOOKED_AT:
         for settings in student_settings(study, pretrained=True):
-            folder = student_folder(study, settings)
-            if settings["method"] == method and settings in runs and (folder / "checkpoints").exists():
-                repkit_command(["plot", str(folder)])
-                source = folder / "figures" / "head_alignment.png"
-                (study.results / f"heads_{method}.png").write_bytes(source.read_bytes())
+            picture = student_folder(study, settings) / "figures" / "head_alignment.png"
+            if settings["method"] == method and _heads_of(settings) in runs and picture.exists():
+                (study.results / f"heads_{method.replace('@', '_at_')}.png").write_bytes(picture.read_bytes())
                 break
 
 

@@ -37,10 +37,12 @@ from repkit.metrics.attention import head_cosines
 from repkit.models.capture import Capture
 from repkit.models.functional import with_learned
 from repkit.models.sequence import SequenceConfig, SequenceModel, sequence_to_sequence
+from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
 from repkit.train.checkpoint import CheckpointReader
-from repkit.train.config import TrainConfig
+from repkit.train.config import TrainConfig, data_share
+from repkit.train.mesh import WHOLE_BATCH
 from repkit.train.teacher import FrozenTeacher
 from repkit.train.teacher_cache import TeacherBatches, TeacherCache, data_identity, open_cache, write_cache
 from repkit.trained import load_run
@@ -64,6 +66,8 @@ Method = Literal[
 Kind = Literal["encoder", "decoder", "cross"]
 
 TOKENIZER_FILE, LONGEST_FILE = "tokenizer.json", "longest_texts.json"
+HEADS_FILE = "head_alignment.json"
+"""Among the figures: the numbers of the picture, see `HeadCosines`."""
 EVALUATION_BATCH = 256
 EVALUATE = {
     "questions": evaluate_answers,
@@ -184,6 +188,7 @@ def build(config: Config, directory: Path) -> Experiment:
     is_cached = config.method != "none" and config.distillation.cache is not None
 
     def batches(source: SequenceSource, *, training: bool) -> Batches:
+        share = data_share(config.train) if training else WHOLE_BATCH
         return make_sequence_batches(
             source,
             tokenizer=tokenizer,
@@ -195,8 +200,8 @@ def build(config: Config, directory: Path) -> Experiment:
             repeat=training,
             targets=config.targets,
             seed=config.train.seed,
-            process_index=None if training else 0,
-            process_count=None if training else 1,
+            process_index=share.index,
+            process_count=share.count,
         )
 
     def training_batches() -> Batches | TeacherBatches:
@@ -241,9 +246,14 @@ def build(config: Config, directory: Path) -> Experiment:
             return []
         with batches(test, training=False) as rows:
             batch = {name: jnp.asarray(value) for name, value in next(rows).items()}
-        path = folder / "head_alignment.png"
-        plots.head_alignment(alignment(config, params, batch, tokenizer), path)
-        return [path]
+        cosines = compare_with_teacher(config, params, batch, tokenizer)
+        picture, numbers = folder / "head_alignment.png", folder / HEADS_FILE
+        plots.head_alignment(cosines.student, picture)
+        values = {
+            of: {name: each.tolist() for name, each in layers.items()} for of, layers in cosines._asdict().items()
+        }
+        numbers.write_text(json.dumps(values) + "\n")
+        return [picture, numbers]
 
     return Experiment(
         init=_initial(config, model, directory),
@@ -255,6 +265,7 @@ def build(config: Config, directory: Path) -> Experiment:
         evaluate=evaluate,
         figures=figures,
         save=language.save,
+        sharding_rules=TRANSFORMER_RULES,
         teacher=load_teacher if config.method != "none" and not is_cached else None,
         summary=summary if matches else None,
     )
@@ -554,35 +565,33 @@ def _objective(config: Config, matches: list[Match]) -> Objective:
 # Figures
 
 
-def alignment(config: Config, params: Any, batch: Any, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Cosines between the teacher's heads and the student's on a batch, for every pair of layers that may be matched.
+class HeadCosines(NamedTuple):
+    """How the heads of matched layers resemble one another on a batch, by "kind: layers", see `head_cosines`.
 
-    Args:
-        config: of the student.
-        params: of the student.
-        batch: of the task.
-        tokenizer: of both models.
-
-    Returns:
-        "kind: teacher's layer -> student's layer" -> [teacher heads, student heads].
+    Attributes:
+        student: of a teacher's layer and the student's layer that may learn from it [teacher heads, student heads].
+        teacher: of the teacher's layer and itself [teacher heads, teacher heads].
     """
+
+    student: dict[str, np.ndarray]
+    teacher: dict[str, np.ndarray]
+
+
+def compare_with_teacher(config: Config, params: Any, batch: Any, tokenizer: Tokenizer) -> HeadCosines:
+    """The heads of a student of these settings and parameters beside those of its teacher."""
     teacher = load_run(cast(str, config.teacher))
-    cosines = {}
+    cosines = HeadCosines({}, {})
     for kind in config.distillation.kinds:
         _, queries, keys = LAYERS[kind]
         pairs = match_layers(*(_layers(kind, model) for model in (config.model, teacher.config.model)))
         student_maps, masks = _maps(config, params, [pair[0] for pair in pairs], batch, tokenizer)
         teacher_maps, _ = _maps(teacher.config, teacher.params, [pair[1] for pair in pairs], batch, tokenizer)
+        valid = {"query_where": masks[queries], "key_where": masks[keys], "where": jnp.asarray(batch["where"])}
         for index, (student_layer, teacher_layer) in enumerate(pairs):
-            values = head_cosines(
-                student_maps[student_layer],
-                teacher_maps[teacher_layer],
-                query_where=masks[queries],
-                key_where=masks[keys],
-                where=jnp.asarray(batch["where"]),
-            )
             place = _layers(kind, teacher.config.model).index(teacher_layer)
-            cosines[f"{kind}: layer {place} and {index}"] = np.asarray(values)
+            student, own = student_maps[student_layer], teacher_maps[teacher_layer]
+            cosines.student[f"{kind}: layer {place} and {index}"] = np.asarray(head_cosines(student, own, **valid))
+            cosines.teacher[f"{kind}: layer {place}"] = np.asarray(head_cosines(own, own, **valid))
     return cosines
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from repkit import losses, plots
 from repkit.checks import InputError
@@ -30,12 +29,14 @@ from repkit.evaluate.results import Result
 from repkit.evaluate.retrieval import evaluate_retrieval
 from repkit.evaluate.zero_shot import class_scores, evaluate_zero_shot, prompt_embeddings
 from repkit.metrics.geometry import alignment, effective_rank, modality_gap, uniformity
-from repkit.models.encoders import TextConfig, VisionConfig
+from repkit.models.encoders import CLIP_TEXT_B, CLIP_TEXT_L, VIT_B_16, VIT_L_14, TextConfig, VisionConfig
 from repkit.models.functional import Model
+from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.models.two_tower import TwoTowerConfig, two_tower
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment
-from repkit.train.config import TrainConfig
+from repkit.train.config import TrainConfig, data_share
+from repkit.train.mesh import WHOLE_BATCH
 
 Loss = Literal["gamma_contrastive", "info_nce", "scaled_info_nce", "decoupled_contrastive", "global_contrastive"]
 Regularizer = Literal[
@@ -45,11 +46,6 @@ Evaluation = Literal["retrieval", "zero_shot", "linear_probe", "few_shot", "geom
 TOKENIZER_FILE = "tokenizer.json"
 EVALUATION_BATCH = 256
 FIGURE_EXAMPLES = 512
-# With a `tensor` axis in the mesh, what a token is multiplied with is split over it: first by columns, then by rows.
-TENSOR_RULES = (
-    (r"(mlp/up|attention/(query|key|value))/kernel", PartitionSpec(None, "tensor")),
-    (r"(mlp/down|attention/output)/kernel", PartitionSpec("tensor")),
-)
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The towers: equal width, depth and heads for image and text."""
+    """The towers.
 
+    Attributes:
+        size: `custom`, of equal width, depth and heads for image and text as given below; or `clip_b_16`, `clip_l_14`,
+            the published ones of ViT-B/16 and ViT-L/14, with their vocabulary.
+    """
+
+    size: Literal["custom", "clip_b_16", "clip_l_14"] = "custom"
     patch_size: int = 4
     width: int = 64
     depth: int = 2
@@ -162,6 +164,8 @@ def build(config: Config, directory: Path) -> Experiment:
     model = two_tower(_model_config(config, tokenizer, max_length, image_size))
 
     def batches(source: Source, *, training: bool) -> Batches:
+        # Every process evaluates all examples, on its own.
+        share = data_share(config.train) if training else WHOLE_BATCH
         return make_batches(
             source,
             tokenizer=tokenizer,
@@ -173,9 +177,8 @@ def build(config: Config, directory: Path) -> Experiment:
             seed=config.train.seed,
             augmentation=_augmentation(config.data) if training and _needs_views(config) else None,
             max_corrupt_share=config.data.max_corrupt_share,
-            # Every process evaluates all examples, on its own.
-            process_index=None if training else 0,
-            process_count=None if training else 1,
+            process_index=share.index,
+            process_count=share.count,
         )
 
     def embedded(params: Any, source: Source) -> dict[str, np.ndarray]:
@@ -225,7 +228,7 @@ def build(config: Config, directory: Path) -> Experiment:
         evaluate=evaluate,
         figures=lambda params, folder: _figures(embedded(params, test), test, image_size, folder),
         save=lambda folder: tokenizer.save(folder / TOKENIZER_FILE),
-        sharding_rules=TENSOR_RULES if "tensor" in config.train.mesh else (),
+        sharding_rules=TRANSFORMER_RULES,
     )
 
 
@@ -278,19 +281,26 @@ def _longest(captions: list[str], tokenizer: Tokenizer) -> int:
 
 def _model_config(config: Config, tokenizer: Tokenizer, max_length: int, image_size: int) -> TwoTowerConfig:
     model = config.model
-    shared = {
-        "width": model.width,
-        "depth": model.depth,
-        "heads": model.heads,
-        "dropout": model.dropout,
-        "dtype": model.dtype,
-        "remat": model.remat,
-    }
+    shared: dict[str, Any] = {"dropout": model.dropout, "dtype": model.dtype, "remat": model.remat}
+    independent = "feature_separation" in config.regularizers
+    if model.size != "custom":
+        image, text, embed_dim = {
+            "clip_b_16": (VIT_B_16, CLIP_TEXT_B, 512),
+            "clip_l_14": (VIT_L_14, CLIP_TEXT_L, 768),
+        }[model.size]
+        vocabulary_size = max(text.vocabulary_size, tokenizer.vocab_size)
+        return TwoTowerConfig(
+            image=replace(image, image_size=image_size, **shared),
+            text=replace(text, max_length=max_length, vocabulary_size=vocabulary_size, **shared),
+            embed_dim=embed_dim,
+            independent=independent,
+        )
+    shared |= {"width": model.width, "depth": model.depth, "heads": model.heads}
     return TwoTowerConfig(
         image=VisionConfig(image_size=image_size, patch_size=model.patch_size, **shared),
         text=TextConfig(vocabulary_size=tokenizer.vocab_size, max_length=max_length, **shared),
         embed_dim=model.embed_dim,
-        independent="feature_separation" in config.regularizers,
+        independent=independent,
     )
 
 

@@ -1,4 +1,4 @@
-"""The console command: `repkit train | evaluate | plot | doctor`.
+"""The console command: `repkit train | evaluate | plot | plan | doctor`.
 
 Exit codes: 0 done; 2 the input cannot be used, one line says why; 75 interrupted by a signal and saved, `--resume`
 continues; 130 aborted by a second Ctrl-C; 1 anything else.
@@ -64,6 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
         sub.set_defaults(run_command=command)
 
+    plan = commands.add_parser("plan", help="what a step of a recipe needs on devices that are not here")
+    plan.add_argument("recipe", type=Path, help="a recipe file, such as experiments/two_tower.py")
+    plan.add_argument("--topology", required=True, metavar="CHIP-N", help="such as v5e-256, v4-64, v6e-16 or h100-8")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="override a setting"
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
+    plan.set_defaults(run_command=_plan)
+
     doctor = commands.add_parser("doctor", help="show versions and devices, and run a tiny step on each device")
     doctor.set_defaults(run_command=_doctor)
     return parser
@@ -123,7 +132,11 @@ def _train(options: argparse.Namespace) -> int:
     placement = make_placement(config.train, *model, rules=experiment.sharding_rules, teacher=teacher)
     term_gradient_norms = None
     if config.train.log_term_gradients:
-        norms = jax.jit(make_term_gradient_norms(experiment.forward, experiment.objective, teacher=teacher))
+        norms = jax.jit(
+            make_term_gradient_norms(
+                experiment.forward, experiment.objective, teacher=teacher, micro_batches=config.train.micro_batches
+            )
+        )
         term_gradient_norms = lambda state, batch: norms(state, batch, placement.teacher_params)  # noqa: E731
     is_first = jax.process_index() == 0
     with (
@@ -161,6 +174,50 @@ def _train(options: argparse.Namespace) -> int:
         print(f"repkit: {outcome.interrupted} at step {outcome.step}; {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"trained to step {outcome.step}: {run.path}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import contextlib
+    import dataclasses
+    import json
+    import os
+    import tempfile
+
+    from repkit.config import override, replace
+    from repkit.plan.chips import has_tpu_compiler, topology
+    from repkit.recipe import load_recipe
+
+    target = topology(options.topology)
+    # Before the first use of JAX: what is compiled for is not what this process runs on.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if target.shape is None or not has_tpu_compiler():
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_force_host_platform_device_count" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={target.devices}".strip()
+        if target.shape is not None:
+            reason = 'the TPU compiler is not installed (pip install "repkit[tpu]" has it)'
+            print(f"repkit: {reason}; simulated devices stand in", file=sys.stderr)
+
+    from repkit.plan.step import describe, plan_recipe
+
+    recipe = load_recipe(options.recipe)
+    config = override(recipe.Config(), options.settings)
+    if config.train.placement == "pmap":
+        raise InputError("a plan is made for train.placement=jit")
+    with tempfile.TemporaryDirectory() as directory:
+        # A batch of a few rows shows what arrays there are; the step is traced for the configured number of rows.
+        here = {"train.batch_size": 8, "train.accumulate": 1, "train.micro_batches": 1}
+        here |= {"train.mesh.data": -1, "train.mesh.fsdp": 1, "train.mesh.tensor": 1}
+        experiment = recipe.build(replace(config, here), Path(directory))
+        with contextlib.closing(experiment.batches()) as batches:
+            rows = next(batches)
+    teacher = None if experiment.teacher is None else experiment.teacher()
+    plan, fits = plan_recipe(config.train, experiment, rows, target, teacher=teacher)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(plan) | {"largest_batch": fits}, default=list))
+    else:
+        print(describe(plan, fits))
     return 0
 
 

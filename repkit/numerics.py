@@ -4,6 +4,9 @@
 devices and steps, and the division comes last, because a mean of per-device means is wrong as soon as masks are uneven.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -83,6 +86,32 @@ def normalize(x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     is_zero = squares == 0
     return jnp.where(is_zero, jnp.zeros_like(x), x * jax.lax.rsqrt(jnp.where(is_zero, 1.0, squares)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Platforms
+
+_traced_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("traced_platform", default=None)
+
+
+def target_platform() -> str:
+    """The platform that a program is traced for, such as "cpu"; what is fast differs among them."""
+    return _traced_platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """Within it, programs are traced as for a platform that need not be there, to be compiled for it.
+
+    >>> with tracing_for("tpu"):
+    ...     target_platform()
+    'tpu'
+    """
+    token = _traced_platform.set(platform)
+    try:
+        yield
+    finally:
+        _traced_platform.reset(token)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

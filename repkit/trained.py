@@ -8,6 +8,7 @@ from repkit.checks import require_choice
 from repkit.recipe import Experiment, RunDirectory
 from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import make_placement
+from repkit.train.mesh import MeshConfig
 
 
 class TrainedRun(NamedTuple):
@@ -46,7 +47,7 @@ def load_run(
     module, config = directory.load(recipe)
     experiment = module.build(config, directory.path)
     # The devices need not be those of the training.
-    train = dataclasses.replace(config.train, placement="jit", mesh={"data": -1})
+    train = dataclasses.replace(config.train, placement="jit", mesh=MeshConfig())
     # Nothing of a teacher is in the state, so that none is needed to read it.
     placement = make_placement(train, experiment.init, experiment.forward, experiment.objective)
     checkpoints = CheckpointReader(directory.checkpoints, best_metric=experiment.best_metric)

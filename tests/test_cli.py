@@ -79,7 +79,7 @@ def _refusal(capsys, arguments: list[str]) -> str:
         (["--set", "train.keep_best=-1"], "train.keep_best must be at least 0"),
         (["--smoke", "--set", "gamma.memory_rate=2"], "memory_rate"),
         (["--smoke", "--set", "data.max_length=0"], "max_length"),
-        (["--smoke", "--set", "train.mesh=data=3"], "do not multiply to the 8 devices"),
+        (["--smoke", "--set", "train.mesh.data=3"], "do not multiply to the 8 devices"),
     ],
 )
 def test_settings_that_cannot_be_used(capsys, tmp_path, arguments, message):
@@ -141,10 +141,7 @@ def test_doctor_finds_every_device_well(capsys):
 @pytest.mark.slow
 def test_training_on_a_mesh_with_a_tensor_axis(tmp_path):
     data = _from_jsonl(_pairs(tmp_path))
-    assert (
-        main(["train", RECIPE, "--run", str(tmp_path / "run"), *TINY, *data, "--set", "train.mesh=data=4,tensor=2"])
-        == 0
-    )
+    assert main(["train", RECIPE, "--run", str(tmp_path / "run"), *TINY, *data, "--set", "train.mesh.tensor=2"]) == 0
     assert CheckpointReader(tmp_path / "run" / "checkpoints").steps() == [4]
 
 

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from repkit import losses
 from repkit.data import digit_scenes
+from repkit.train.mesh import MeshConfig, state_shardings
 
 PAGES = Path(__file__).parent.parent / "docs"
 
@@ -47,3 +49,16 @@ def test_the_code_of_the_page_on_data_gives_the_batches_that_its_table_names(tmp
         exec(code, names)
         found += [set(names.pop("batch"))] if "batch" in names else []
     assert found == expected
+
+
+def test_the_rules_of_the_page_on_scaling_go_before_those_of_the_transformers():
+    names: dict = {}
+    for code in code_of("scaling.md"):
+        exec(code, names)
+    paths = ("text/token_embedding", "image/positions", "image/blocks/0/mlp/up/kernel", "text/blocks/0/mlp/down/kernel")
+    params = {
+        path: jax.ShapeDtypeStruct((64, 64), "float32") for path in (*paths, "image/blocks/0/attention/key/kernel")
+    }
+    shardings = state_shardings(params, MeshConfig(fsdp=2, tensor=2).make(), names["rules"])
+    expected = [("fsdp", "tensor"), (), ("fsdp", "tensor"), ("tensor", "fsdp")]
+    assert [tuple(shardings[path].spec) for path in paths] == expected

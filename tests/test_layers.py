@@ -27,7 +27,8 @@ ALLOWED = {
     "recipe": FOUNDATION | {"config", "objective", "__init__"},
     "doctor": FOUNDATION | {"losses", "objective", "train", "__init__"},
     "trained": FOUNDATION | {"recipe", "train"},
-    "cli": FOUNDATION | {"config", "recipe", "doctor", "train", "trained", "evaluate", "plots"},
+    "plan": FOUNDATION | {"train"},
+    "cli": FOUNDATION | {"config", "recipe", "doctor", "plan", "train", "trained", "evaluate", "plots"},
     "__init__": set(),
 }
 # The packages that only these rooms or files may import.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from repkit.losses._row_blocks import RowBlocks
-from repkit.numerics import AxisName, mask_rows, row_mask, sum_over, varying
+from repkit.numerics import AxisName, mask_rows, row_mask, sum_over, target_platform, varying
 
 
 class Comparison(NamedTuple):
@@ -179,7 +179,7 @@ _row_terms.defvjp(_row_terms_forward, _row_terms_backward)
 def _blocks(comparisons: Comparisons, arrays: Arrays) -> RowBlocks:
     rows, dim = arrays[0].shape
     # U, W and their products with a D x D matrix stay in a processor's cache; an accelerator wants larger steps.
-    elements = 2**20 if jax.default_backend() == "cpu" else 2**23
+    elements = 2**20 if target_platform() == "cpu" else 2**23
     return RowBlocks.interleaved(rows, comparisons.size or max(elements // dim, 256))
 
 

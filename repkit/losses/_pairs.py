@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from repkit.checks import require_arrays
 from repkit.losses._row_blocks import RowBlocks
 from repkit.losses.form import Blocks, Form, require_form
-from repkit.numerics import AxisName, Scalar, all_over, mask_rows, sum_over, varying
+from repkit.numerics import AxisName, Scalar, all_over, mask_rows, sum_over, target_platform, varying
 
 Combine: TypeAlias = Literal["sum", "max"]
 
@@ -140,7 +140,7 @@ def _matmul(x: Float[Array, "m k"], y: Float[Array, "k n"]) -> Float[Array, "m n
 
 def _has_low_precision_products() -> bool:
     """Whether bfloat16 operands make a product faster; a CPU converts them."""
-    return jax.default_backend() != "cpu"
+    return target_platform() != "cpu"
 
 
 # Sums as matrix-vector products: the tile's values are computed once and read at the speed of a matrix product.
@@ -164,7 +164,7 @@ def row_blocks(rows: int, form: Blocks) -> RowBlocks:
     """The blocks of one side of the matrix."""
     # Large enough that a tile's matrix products take much longer than its launch, small enough for the cache. A matrix
     # of at most four tiles is walked as one, whose products are kept: a quarter of the work less for some memory.
-    most = form.size or (1024 if jax.default_backend() == "cpu" else 4096)
+    most = form.size or (1024 if target_platform() == "cpu" else 4096)
     return RowBlocks.contiguous(rows, rows if rows <= 2 * most and form.size is None else most)
 
 

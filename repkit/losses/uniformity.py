@@ -22,6 +22,7 @@ from repkit.numerics import (
     row_mask,
     rows_over,
     same_precision,
+    target_platform,
     varying,
 )
 
@@ -165,7 +166,7 @@ def _blocked_sum_forward(
     form: Blocks, axis_name: AxisName | None, side: _Side
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "b d"], Float[Array, " b"] | None]]:
     # A tile of the pair matrix stays in a processor's cache; an accelerator wants fewer and larger steps.
-    size = form.size or (512 if jax.default_backend() == "cpu" else 4096)
+    size = form.size or (512 if target_platform() == "cpu" else 4096)
     blocks = RowBlocks.contiguous(len(side.embeds), size)
     walked = _walk_own(blocks, side)
     if axis_name is not None:

@@ -146,6 +146,14 @@ VIT_B_16 = VisionConfig(image_size=224, patch_size=16, width=768, depth=12, head
 CLIP_TEXT_B = TextConfig(vocabulary_size=49408, max_length=77, width=512, depth=12, heads=8, causal=True, pooling="eos")
 """The text transformer beside it in CLIP, Radford et al., arXiv 2103.00020 (63.2 million parameters)."""
 
+VIT_L_14 = VisionConfig(image_size=224, patch_size=14, width=1024, depth=24, heads=16, pooling="cls")
+"""ViT-L/14 of CLIP (303.2 million parameters)."""
+
+CLIP_TEXT_L = TextConfig(
+    vocabulary_size=49408, max_length=77, width=768, depth=12, heads=12, causal=True, pooling="eos"
+)
+"""The text transformer beside it (123.1 million parameters)."""
+
 
 class Transformer(nnx.Module):
     """Dropout, `depth` pre-norm blocks and a final norm over embedded tokens.

@@ -1,16 +1,25 @@
 """The settings that every training run has, and what they become: an optimizer and a placement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective
-from repkit.train.mesh import Rules, batch_axes, batch_devices, make_mesh
+from repkit.train.mesh import (
+    BatchShare,
+    MeshConfig,
+    Rules,
+    batch_axes,
+    batch_devices,
+    batch_sharding,
+    batch_share,
+)
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import (
     PMAP_AXIS,
@@ -20,6 +29,7 @@ from repkit.train.step import (
     Teacher,
     UnplacedUpdate,
     jit_placement,
+    jit_update,
     make_update,
     pmap_placement,
 )
@@ -37,10 +47,12 @@ class TrainConfig:
         warmup_steps: steps of linear increase up to the peak.
         weight_decay: AdamW's decay of the matrices; vectors and scalars are not decayed.
         clip_norm: gradients of a larger global norm are scaled down to it; none to leave them.
-        accumulate: parts in which each batch is walked, see `make_update`.
+        accumulate: parts in which each batch is walked, each with losses of its own, see `make_update`.
+        micro_batches: parts in which the rows of a batch, or of each of those parts, go through the model, with losses
+            of all of them and the exact gradient, see `make_update`.
         ema_decay: decay of the moving average of the parameters, which is then what is evaluated; none for no average.
         placement: `jit` over a mesh, or `pmap`.
-        mesh: sizes by axis name for `jit`; -1 takes the devices that are left.
+        mesh: the axes of the mesh for `jit`.
         log_every: steps between log rows.
         log_term_gradients: whether log rows also hold the norm of each term's own gradient.
         checkpoint_every: steps between checkpoints, each of them after a validation.
@@ -59,9 +71,10 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     accumulate: int = 1
+    micro_batches: int = 1
     ema_decay: float | None = None
     placement: Literal["jit", "pmap"] = "jit"
-    mesh: dict[str, int] = field(default_factory=lambda: {"data": -1})
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     log_every: int = 50
     log_term_gradients: bool = False
     checkpoint_every: int = 500
@@ -69,7 +82,15 @@ class TrainConfig:
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "micro_batches",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup_steps", "keep_best", "weight_decay", "seed"):
@@ -77,9 +98,10 @@ class TrainConfig:
                 raise InputError(f"train.{name} must be at least 0, got {getattr(self, name)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"train.clip_norm must be positive, got {self.clip_norm}")
-        if self.batch_size % self.accumulate:
+        if self.batch_size % self.parts:
             raise InputError(
-                f"train.batch_size must be a multiple of train.accumulate, got {self.batch_size} and {self.accumulate}"
+                f"train.batch_size must be a multiple of train.accumulate times train.micro_batches, "
+                f"got {self.batch_size}, {self.accumulate} and {self.micro_batches}"
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InputError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
@@ -87,6 +109,11 @@ class TrainConfig:
             raise InputError(f"train.learning_rate must be positive, got {self.learning_rate}")
         if self.log_term_gradients and (self.placement == "pmap" or self.accumulate > 1):
             raise InputError("train.log_term_gradients needs train.placement=jit and train.accumulate=1")
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a batch is cut that go through the model one after the other."""
+        return self.accumulate * self.micro_batches
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -112,13 +139,20 @@ def check_devices(config: TrainConfig) -> None:
     Raises:
         InputError: if it does not, or if the mesh does not fit the devices.
     """
-    parts = batch_devices(make_mesh(config.mesh)) if config.placement == "jit" else jax.device_count()
-    if config.batch_size % (parts * config.accumulate):
-        parts_text = f"{parts} devices" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    parts = batch_devices(config.mesh.make()) if config.placement == "jit" else jax.device_count()
+    if config.batch_size % (parts * config.parts):
+        parts_text = f"{parts} devices" + (f" in {config.parts} parts" if config.parts > 1 else "")
         raise InputError(
             f"train.batch_size={config.batch_size} cannot be split over {parts_text}; "
-            f"choose a multiple of {parts * config.accumulate}"
+            f"choose a multiple of {parts * config.parts}"
         )
+
+
+def data_share(config: TrainConfig) -> BatchShare:
+    """The share of each batch that this process reads and feeds."""
+    if config.placement == "pmap":
+        return BatchShare(jax.process_index(), jax.process_count())
+    return batch_share(config.mesh.make())
 
 
 def make_placement(
@@ -143,10 +177,61 @@ def make_placement(
     if config.placement == "pmap":
         functions = _functions(config, init, forward, objective, teacher, axis_name=PMAP_AXIS)
         return pmap_placement(*functions, teacher=teacher)
-    mesh = make_mesh(config.mesh)
-    if batch_devices(mesh) > 1:
-        objective = objective.over_mesh(mesh, batch_axes(mesh))
-    return jit_placement(*_functions(config, init, forward, objective, teacher), mesh, rules=rules, teacher=teacher)
+    mesh = config.mesh.make()
+    functions = _functions(config, init, forward, _over_mesh(objective, mesh), teacher)
+    return jit_placement(*functions, mesh, rules=rules, teacher=teacher)
+
+
+class TracedUpdate(NamedTuple):
+    """A traced step, with shapes, dtypes and shardings of what it takes.
+
+    Attributes:
+        program: a `jax.stages.Traced`.
+        state: the training state.
+        batch: the global batch.
+        teacher_params: the teacher's parameters.
+    """
+
+    program: Any
+    state: Any
+    batch: Any
+    teacher_params: Any
+
+
+def trace_update(
+    config: TrainConfig,
+    init: Callable[[jax.Array], object],
+    forward: Forward,
+    objective: Objective,
+    batch: Batch,
+    devices: Sequence[Any],
+    *,
+    rules: Rules = (),
+    teacher: Teacher | None = None,
+) -> TracedUpdate:
+    """Traces the very step that `make_placement` places, for devices that need not be there; nothing is computed.
+
+    Args:
+        config: the settings; the placement is `jit`.
+        init: from a key to the model's parameters.
+        forward: the model.
+        objective: the loss terms.
+        batch: a global batch, or the shapes and dtypes of one.
+        devices: of the mesh, such as those of `jax.experimental.topologies`.
+        rules: how leaves of the state are sharded over the mesh.
+        teacher: what gives the step its targets.
+    """
+    mesh = config.mesh.make(devices)
+    functions = _functions(config, init, forward, _over_mesh(objective, mesh), teacher)
+    jitted = jit_update(*functions, mesh, rules=rules, teacher=teacher)
+    sharding = batch_sharding(mesh)
+    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()}
+    program = jitted.function.trace(jitted.state, rows, jitted.teacher_params)
+    return TracedUpdate(program, jitted.state, rows, jitted.teacher_params)
+
+
+def _over_mesh(objective: Objective, mesh: Mesh) -> Objective:
+    return objective.over_mesh(mesh, batch_axes(mesh)) if batch_devices(mesh) > 1 else objective
 
 
 def check_step(
@@ -185,6 +270,7 @@ def _functions(
         optimizer,
         teacher=teacher,
         accumulate=config.accumulate,
+        micro_batches=config.micro_batches,
         ema_decay=config.ema_decay,
         axis_name=axis_name,
     )

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from repkit.checks import InputError
 from repkit.numerics import AxisName
 from repkit.objective import Objective, Report
-from repkit.train.mesh import Rules, batch_devices, batch_sharding, put_batch, state_shardings
+from repkit.train.mesh import Rules, batch_devices, batch_sharding, batch_share, put_batch, state_shardings
+from repkit.train.micro_batches import every_nth, in_micro_batches
 from repkit.train.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -61,6 +62,7 @@ def make_update(
     *,
     teacher: Teacher | None = None,
     accumulate: int = 1,
+    micro_batches: int = 1,
     ema_decay: float | None = None,
     axis_name: AxisName | None = None,
 ) -> UnplacedUpdate:
@@ -77,6 +79,9 @@ def make_update(
             where there is no teacher, or the batches bring what it said.
         accumulate: number of parts in which the batch is walked, one after the other, so that the model holds the
             activations of one part at a time. Losses between examples see the candidates of their part only.
+        micro_batches: number of parts in which the rows go through the model and the teacher, so that they hold the
+            activations of one part at a time, for a second forward pass. Losses see all rows, and the gradient is that
+            of the whole batch; see `repkit.train.micro_batches.in_micro_batches`.
         ema_decay: d of the moving average  ema <- d ema + (1 - d) params;  None for a state without one.
         axis_name: the mapped axis when the update runs inside `jax.pmap`; None for `jax.jit`, where arrays are global.
 
@@ -85,13 +90,15 @@ def make_update(
         before any clipping, and the diagnostics of the losses with a memory.
     """
 
+    forward = in_micro_batches(forward, micro_batches)
+
     def update(state: TrainState, batch: Batch, teacher_params: Any = ()) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         normalizers = objective.normalizers(batch, axis_name)
 
         def gradients(rows: Batch, memories: dict[str, Any], key: Array) -> tuple[Any, Report]:
             # Outside of what is differentiated, so that no tangent or residual of the teacher is ever computed.
-            rows, targets = _with_targets(teacher, teacher_params, state, rows)
+            rows, targets = _with_targets(teacher, teacher_params, state, rows, micro_batches)
 
             def scalar(params: Any) -> tuple[Float[Array, ""], Report]:
                 outputs = forward(params, rows, _device_key(key, axis_name))
@@ -129,17 +136,18 @@ def make_update(
 
 
 def make_term_gradient_norms(
-    forward: Forward, objective: Objective, *, teacher: Teacher | None = None
+    forward: Forward, objective: Objective, *, teacher: Teacher | None = None, micro_batches: int = 1
 ) -> Callable[..., Metrics]:
     """Makes the function `(state, batch, teacher_params=()) -> {term: |∂ weighted term / ∂ params|}`.
 
     It is for looking at how terms compete. It costs one forward pass and one backward pass per term, so it is run on
-    demand and not in every step.
+    demand and not in every step. Arguments are as those of `make_update`.
     """
+    forward = in_micro_batches(forward, micro_batches)
 
     def norms(state: TrainState, batch: Batch, teacher_params: Any = ()) -> Metrics:
         key = jax.random.fold_in(state.key, state.step)
-        batch, targets = _with_targets(teacher, teacher_params, state, batch)
+        batch, targets = _with_targets(teacher, teacher_params, state, batch, micro_batches)
         outputs, pull_back = jax.vjp(lambda params: forward(params, batch, key), state.params)
 
         def norm(name: str) -> Array:
@@ -155,7 +163,7 @@ def make_term_gradient_norms(
 
 
 def _with_targets(
-    teacher: Teacher | None, teacher_params: Any, state: TrainState, batch: Batch
+    teacher: Teacher | None, teacher_params: Any, state: TrainState, batch: Batch, micro_batches: int
 ) -> tuple[Batch, dict[str, Any]]:
     """The batch without what a teacher gave, and that: the arrays the batch brought, or the teacher's outputs."""
     rows = {name: array for name, array in batch.items() if not name.startswith(TEACHER_ARRAYS)}
@@ -166,7 +174,11 @@ def _with_targets(
         raise InputError(
             f"the batch brings a teacher's arrays ({', '.join(brought)}), and the update has a teacher; use one of them"
         )
-    return rows, teacher.outputs(teacher_params, state, rows)
+
+    def targets(params: Any, rows: Batch, _: Array | None) -> dict[str, Any]:
+        return teacher.outputs(params, state, rows)
+
+    return rows, in_micro_batches(targets, micro_batches)(teacher_params, rows, None)
 
 
 def _device_key(key: Array, axis_name: AxisName | None) -> Array:
@@ -175,11 +187,10 @@ def _device_key(key: Array, axis_name: AxisName | None) -> Array:
 
 
 def _parts(batch: Batch, count: int) -> dict[str, Array]:
-    """[b ...] -> [count, b/count ...] by every count-th row, so that each device's rows are spread over all parts."""
     rows = len(batch["where"])
     if rows % count:
         raise InputError(f"a batch of {rows} rows cannot be accumulated in {count} equal parts")
-    return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+    return every_nth(batch, count)
 
 
 def _accumulated(gradients: Callable[..., Any], parts: Batch, state: TrainState, key: Array) -> tuple[Any, Report]:
@@ -229,6 +240,52 @@ class Placement(NamedTuple):
     teacher_identity: str | None = None
 
 
+class JittedUpdate(NamedTuple):
+    """An update under `jax.jit` over a mesh, and what it takes beside the batch, of which nothing is placed yet.
+
+    Attributes:
+        function: `function(state, batch, teacher_params)`.
+        state: shapes, dtypes and shardings of the state.
+        teacher_params: those of the teacher's parameters.
+    """
+
+    function: Any
+    state: Any
+    teacher_params: Any
+
+
+def jit_update(
+    update: UnplacedUpdate,
+    make_state: Callable[[Array], TrainState],
+    mesh: Mesh,
+    *,
+    rules: Rules = (),
+    teacher: Teacher | None = None,
+) -> JittedUpdate:
+    """What `jit_placement` places, also for a mesh of devices that are not there; arguments are as for that."""
+
+    def sharded(tree: Any, rules: Rules) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            state_shardings(tree, mesh, rules),
+        )
+
+    state = sharded(jax.eval_shape(make_state, jax.random.key(0)), rules)
+    teacher_params = () if teacher is None else sharded(teacher.abstract_params(), teacher.rules)
+    function = jax.jit(
+        update,
+        in_shardings=(_shardings(state), batch_sharding(mesh), _shardings(teacher_params)),
+        out_shardings=(_shardings(state), NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    return JittedUpdate(function, state, teacher_params)
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def jit_placement(
     update: UnplacedUpdate,
     make_state: Callable[[Array], TrainState],
@@ -266,29 +323,16 @@ def jit_placement(
         >>> print(f"{state.params['w']:.2f}")
         2.97
     """
-    abstract = jax.eval_shape(make_state, jax.random.key(0))
-    shardings = state_shardings(abstract, mesh, rules)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
-    replicated = NamedSharding(mesh, PartitionSpec())
-    teacher_shardings, teacher_params = (), ()
-    if teacher is not None:
-        teacher_shardings = state_shardings(teacher.abstract_params(), mesh, teacher.rules)
-        teacher_params = teacher.put_params(teacher_shardings)
-    jitted = jax.jit(
-        update,
-        in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-    )
+    jitted = jit_update(update, make_state, mesh, rules=rules, teacher=teacher)
+    shardings = _shardings(jitted.state)
+    teacher_params = () if teacher is None else teacher.put_params(_shardings(jitted.teacher_params))
     return Placement(
-        abstract=abstract,
+        abstract=jitted.state,
         init=jax.jit(make_state, out_shardings=shardings),
         put_state=lambda state: state,
         get_state=lambda state: state,
-        put_batch=lambda batch: put_batch(_divisible(batch, batch_devices(mesh)), mesh),
-        update=lambda state, batch: jitted(state, batch, teacher_params),
+        put_batch=lambda batch: put_batch(_divisible(batch, batch_share(mesh).count, batch_devices(mesh)), mesh),
+        update=lambda state, batch: jitted.function(state, batch, teacher_params),
         teacher_params=teacher_params,
         teacher_identity=None if teacher is None else teacher.identity,
     )
@@ -336,15 +380,15 @@ def pmap_placement(
         init=lambda key: put_state(jax.jit(make_state, out_shardings=replicated)(key)),
         put_state=put_state,
         get_state=lambda state: jax.tree.map(lambda x: x[0], state),
-        put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, len(devices)))),
+        put_batch=lambda batch: jax.tree.map(split, dict(_divisible(batch, 1, len(devices)))),
         update=lambda state, batch: mapped(state, batch, teacher_params),
         teacher_params=teacher_params,
         teacher_identity=None if teacher is None else teacher.identity,
     )
 
 
-def _divisible(batch: Mapping[str, np.ndarray], parts: int) -> Mapping[str, np.ndarray]:
-    rows = len(batch["where"]) * jax.process_count()
+def _divisible(batch: Mapping[str, np.ndarray], shares: int, parts: int) -> Mapping[str, np.ndarray]:
+    rows = len(batch["where"]) * shares
     if rows % parts:
         raise InputError(f"a batch of {rows} rows cannot be split over {parts} devices; choose a multiple of {parts}")
     return batch

@@ -1,13 +1,18 @@
 """Meshes and where the leaves of a state go."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from repkit.checks import InputError
-from repkit.train.mesh import batch_devices, make_mesh, put_batch, state_shardings
+from repkit.losses import init_memory
+from repkit.train.mesh import MeshConfig, batch_devices, batch_share, make_mesh, put_batch, state_shardings
 
 
 @pytest.mark.parametrize(
@@ -40,12 +45,72 @@ def test_a_rule_places_a_parameter_and_everything_that_follows_it():
     assert shardings["optimizer_state"][0].count.spec == P()
 
 
+def test_large_leaves_without_a_rule_are_split_over_fsdp():
+    params = {"table": jnp.zeros((500, 256)), "odd": jnp.zeros((257, 257)), "small": jnp.zeros((8, 8))}
+    memory = init_memory(64)
+    state = {"params": params, "ema": params, "memories": {"gamma": memory}, "step": jnp.zeros(())}
+    mesh = MeshConfig(fsdp=4).make()
+    shardings = state_shardings(state, mesh, [("ema/table", P())])
+    assert shardings["params"]["table"].spec == P("fsdp")
+    assert shardings["ema"]["table"].spec == P()
+    assert shardings["params"]["odd"].spec == shardings["params"]["small"].spec == shardings["step"].spec == P()
+    assert shardings["memories"]["gamma"].visited.spec == P(("data", "fsdp"))
+
+
+def test_no_device_ever_holds_the_whole_of_a_new_state():
+    shape = jax.ShapeDtypeStruct((256, 128), jnp.float32)
+    mesh = MeshConfig(fsdp=4, tensor=2).make()
+    shardings = state_shardings({"kernel": shape}, mesh, [("kernel", P("fsdp", "tensor"))])
+    init = jax.jit(lambda key: {"kernel": jax.random.normal(key, shape.shape)}, out_shardings=shardings)
+    memory = init.lower(jax.random.key(0)).compile().memory_analysis()
+    whole = 4 * 256 * 128
+    assert memory.output_size_in_bytes <= whole / 8 + 64
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 1.5
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A device of a process that need not be there."""
+
+    id: int
+    process_index: int
+
+
+def _mesh_of_processes(axes, processes):
+    devices = np.empty(len(processes), object)
+    devices[:] = [_Device(index, process) for index, process in enumerate(processes)]
+    return Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
+
+
+@pytest.mark.parametrize(
+    ("axes", "processes", "expected"),
+    [
+        ({"data": 8}, [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+        ({"data": 2, "fsdp": 4}, [0, 0, 1, 1, 2, 2, 3, 3], [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"data": 4, "tensor": 2}, [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+        ({"data": 1, "tensor": 8}, [0, 0, 0, 0, 1, 1, 1, 1], [(0, 1), (0, 1)]),
+        ({"data": 2, "tensor": 4}, [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        # Rows need not follow one another.
+        ({"data": 8}, [0, 1, 0, 1, 0, 1, 0, 1], [(0, 2), (1, 2)]),
+    ],
+)
+def test_the_rows_that_a_process_feeds_follow_from_the_mesh(axes, processes, expected):
+    mesh = _mesh_of_processes(axes, processes)
+    assert [batch_share(mesh, process) for process in range(len(expected))] == expected
+
+
+def test_a_mesh_that_cuts_through_the_rows_of_a_process_is_refused():
+    with pytest.raises(InputError, match="cuts through the rows of a process"):
+        batch_share(_mesh_of_processes({"data": 4, "tensor": 2}, [0, 0, 0, 1, 1, 1, 2, 2]))
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
         (("nothing/here", P("tensor")), "match no leaf of the state: nothing/here"),
         (("bias", P(None, "tensor")), "has more axes than 'bias'"),
         (("kernel", P("tensor")), "splits 7 in 'kernel'"),
+        (("kernel", P("tensr")), "unknown mesh axis .* did you mean 'tensor'"),
     ],
 )
 def test_a_rule_that_does_not_fit_is_refused(rule, message):
