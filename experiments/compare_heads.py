@@ -15,16 +15,15 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from experiments import recipe_runs
 from experiments.head_alignment import HEADS_FILE, MAIN_METRIC
 from experiments.head_study import (
     LOOKED_AT,
@@ -40,14 +39,13 @@ from experiments.head_study import (
 from experiments.head_tables import report
 from experiments.study import Run, Runs, run_missing
 from repkit.cli import main as repkit_command
-from repkit.evaluate.results import read_results
 
 RECIPE = Path(__file__).with_name("head_alignment.py")
 
 
 def run_all(study: Study, minutes: float) -> bool:
     """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
-    _keep_programs(study.work / "programs")
+    recipe_runs.keep_programs(study.work / "programs")
     end = time.monotonic() + 60 * minutes
     runs = Runs(study.results / "runs.jsonl")
     make = functools.partial(train_student, study)
@@ -63,14 +61,6 @@ def run_all(study: Study, minutes: float) -> bool:
         if settings["method"] in LOOKED_AT and settings["heads"] == study.heads[-1]:
             runs.run(heads_of(settings), functools.partial(measure_heads, student_folder(study, settings)))
     return True
-
-
-def _keep_programs(folder: Path) -> None:
-    """Keeps compiled programs, unless the environment says where: runs that differ in their seed are one program."""
-    # Workers read the environment; this process has read it.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    kept = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.resolve()))
-    jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def _tell(run: Run) -> None:
@@ -137,21 +127,13 @@ def _kind(name: str) -> str:
 
 
 def train(study: Study, folder: Path, settings: Iterable[str]) -> None:
-    """`repkit train` with these settings, to the end."""
-    options = [item for setting in (*study.common, *settings) for item in ("--set", setting)]
-    command = ["train", str(RECIPE), "--run", str(folder), "--resume", *options]
-    code = repkit_command([*command, "--smoke"] if study.smoke else command)
-    if code:
-        raise SystemExit(code)
+    """Trains the recipe with these settings, to the end."""
+    recipe_runs.train(RECIPE, folder, (*study.common, *settings), smoke=study.smoke)
 
 
 def evaluate(folder: Path) -> dict[str, float]:
-    """`repkit evaluate`: the metrics on the test scenes."""
-    code = repkit_command(["evaluate", str(folder)])
-    if code:
-        raise SystemExit(code)
-    # An evaluation that was interrupted before its run was kept is made again, and adds a second line.
-    return read_results(folder / "results.jsonl")[-1].metrics
+    """The metrics on the test scenes."""
+    return recipe_runs.evaluate(folder)[-1].metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

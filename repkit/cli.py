@@ -227,12 +227,10 @@ def _plan(options: argparse.Namespace) -> int:
     import json
     import tempfile
 
-    from repkit.config import override, replace
     from repkit.plan.chips import has_tpu_compiler, topology
-    from repkit.recipe import load_recipe
 
     target = topology(options.topology)
-    # Before the first use of JAX: what is compiled for is not what this process runs on.
+    # Before JAX is imported: what is compiled for is not what this process runs on.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if target.shape is None or not has_tpu_compiler():
         flags = os.environ.get("XLA_FLAGS", "")
@@ -242,12 +240,14 @@ def _plan(options: argparse.Namespace) -> int:
             reason = 'the TPU compiler is not installed (pip install "repkit[tpu]" has it)'
             print(f"repkit: {reason}; simulated devices stand in", file=sys.stderr)
 
+    from repkit.config import override, replace
     from repkit.plan.step import describe, plan_recipe
+    from repkit.recipe import load_recipe
 
     recipe = load_recipe(options.recipe)
     config = override(recipe.Config(), options.settings)
     if config.train.placement == "pmap":
-        raise InputError("a plan is made for train.placement=jit")
+        raise InputError("a plan needs train.placement=jit")
     with tempfile.TemporaryDirectory() as directory:
         # A batch of a few rows shows what arrays there are; the step is traced for the configured number of rows.
         here = {"train.batch_size": 8, "train.accumulate": 1, "train.micro_batches": 1}

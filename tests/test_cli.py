@@ -323,3 +323,24 @@ def test_a_recipe_with_a_teacher_trains_and_goes_on_with_the_same_teacher_only(c
     )
     assert main([*arguments, "--resume"]) == 2
     assert "cannot resume with another teacher" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_for_devices_that_are_not_here(capsys, tmp_path):
+    data = _from_jsonl(_pairs(tmp_path))
+    settings = ["--set", "loss=info_nce", "--set", "train.batch_size=32", "--set", "train.mesh.fsdp=2"]
+    settings += ["--set", "model.width=16", "--set", "model.depth=1", "--set", "model.heads=2"]
+    assert main(["plan", RECIPE, "--topology", "h100-8", *data, *settings]) == 0
+    output = capsys.readouterr().out
+    assert "h100-8: 8 devices, global batch 32, 4 rows each" in output
+    assert "an estimate from the chip's peak rates" in output
+    assert "collective-permute" in output
+    assert "rows fit" in output
+
+
+def test_a_plan_for_what_there_is_not_is_refused(capsys):
+    assert "did you mean 'v5e'" in _refusal(capsys, ["plan", RECIPE, "--topology", "v5x-8"])
+    assert "there is no slice 'v6e-7'" in _refusal(capsys, ["plan", RECIPE, "--topology", "v6e-7"])
+    assert "needs train.placement=jit" in _refusal(
+        capsys, ["plan", RECIPE, "--topology", "h100-8", "--set", "train.placement=pmap"]
+    )
