@@ -16,7 +16,7 @@ from repkit import losses
 from repkit.checks import InputError
 from repkit.distillation import Match, layer_terms
 from repkit.objective import Objective, Term
-from repkit.train.checkpoint import Checkpointer
+from repkit.train.checkpoint import Checkpointer, CheckpointReader
 from repkit.train.config import TrainConfig, check_step, make_placement
 from repkit.train.interrupt import Interrupts
 from repkit.train.logging import MetricLogger
@@ -418,8 +418,8 @@ def test_a_run_goes_on_with_its_own_teacher_only_be_it_live_or_cached(tmp_path, 
     live = _placement("1", FrozenTeacher(TEACHER, _teacher_params()))
     none = _placement("1", None)
     assert _fit(tmp_path, live, _Stream(), 2).step == 2
-    saved = Checkpointer(tmp_path / "checkpoints").restore(live.abstract)
-    assert saved.data_position == {"position": 2, "teacher": live.teacher_identity}
+    saved = CheckpointReader(tmp_path / "checkpoints").restore(live.abstract)
+    assert saved.data_position == {"position": 2, "skipped_steps": 0, "teacher": live.teacher_identity}
     assert not any("up" in path and "teacher" in path for path in map(str, jax.tree.leaves(saved.state)))
     with pytest.raises(InputError, match=r"another teacher: the run had \w{12}…, here it is \w{12}…"):
         _fit(tmp_path, _placement("1", FrozenTeacher(TEACHER, _teacher_params(8))), _Stream(), 4)
