@@ -10,18 +10,17 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from repkit import losses
+from repkit import losses, plots
 from repkit.checks import InputError
 from repkit.data.class_sources import (
+    IMAGE_NAMES,
     ClassSource,
     all_class_texts,
     common_answers,
@@ -36,7 +35,7 @@ from repkit.data.scenes import IMAGE_SIZES
 from repkit.data.sequence_sources import SequenceSource, scene_task_source
 from repkit.data.sources import Record, Source, digit_scenes_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from repkit.evaluate.classification import class_logits, evaluate_classes
+from repkit.evaluate.classification import ClassLogits, class_logits, evaluate_classes
 from repkit.evaluate.embed import embed, token_batches
 from repkit.evaluate.generation import evaluate_answers, evaluate_captions, generate_texts
 from repkit.evaluate.reranking import evaluate_reranked_retrieval, matching_judge
@@ -47,10 +46,12 @@ from repkit.models.fusion import FusionConfig, FusionModel, fusion
 from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
+from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import TrainConfig, data_share
 from repkit.train.mesh import WHOLE_BATCH
+from repkit.train.start import started_from
 from repkit.train.teacher import MomentumTeacher
-from repkit.trained import load_run
+from repkit.trained import load_parameters
 
 Stage = Literal["pretrain", "retrieval", "questions", "captions", "assignment", "statements", "entailment"]
 Scenes = Literal["captions", "pairs"]
@@ -73,8 +74,9 @@ MAIN_METRIC: dict[str, str] = {
     "captions": "captions/cider_d",
 } | {stage: f"{stage}/accuracy" for stage in CLASS_TASKS}
 MOST_ANSWERS = 256
+FIGURE_EXAMPLES = 12
 REPLACED = ("class_head",)
-"""Parts whose parameters are new where those to start from have another shape."""
+"""Parts whose parameters are new where those to start from differ."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def build(config: Config, directory: Path) -> Experiment:
         validate=validate,
         best_metric=f"validation/{MAIN_METRIC[config.stage]}",
         evaluate=evaluate,
-        figures=lambda params, folder: [],
+        figures=stage.figures,
         save=language.save,
         sharding_rules=TRANSFORMER_RULES,
         teacher=(lambda: MomentumTeacher(model.forward)) if config.stage in MATCHED else None,
@@ -382,36 +384,10 @@ def _model(config: Config, tokenizer: Tokenizer) -> FusionModel:
 
 
 def _initial(config: Config, model: FusionModel, directory: Path) -> Callable[[Any], Any]:
-    # A run that has begun has parameters of its own.
-    if config.start is None or RunDirectory(directory).checkpoints.exists():
+    has_begun = CheckpointReader(RunDirectory(directory).checkpoints).latest_step() is not None
+    if config.start is None or has_begun:
         return model.init
-    start = jax.device_get(load_run(config.start).params)
-    started = _started(jax.eval_shape(model.init, jax.random.key(0)), start, config.start)
-    return lambda key: _merged(model.init(key), started)
-
-
-def _started(own: Any, start: Any, run: str) -> dict[str, Any]:
-    """The leaves of `start` that the model takes, by their paths."""
-    there = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(start)}
-    taken = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(own):
-        name = jax.tree_util.keystr(path)
-        if name not in there:
-            continue
-        if there[name].shape == leaf.shape:
-            taken[name] = there[name]
-        elif path[0].key not in REPLACED:
-            shape = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(f"start={run}: '{shape}' has shape {there[name].shape} there and {leaf.shape} here")
-    return taken
-
-
-def _merged(own: Any, started: Mapping[str, Any]) -> Any:
-    def leaf(path: Any, value: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        return jnp.asarray(started[name]) if name in started else value
-
-    return jax.tree_util.tree_map_with_path(leaf, own)
+    return started_from(load_parameters(config.start), model.init, origin=f"start={config.start}", replaced=REPLACED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,11 +459,12 @@ def _regularizer_term(name: Regularizer, weight: float | None) -> Term:
 
 
 class _StageParts(NamedTuple):
-    """What a stage trains on and is measured by; metrics are by task and name."""
+    """What a stage trains on, is measured by, and shows of test scenes; metrics are by task and name."""
 
     batches: Callable[[], Batches]
     validate: Callable[[Any], dict[str, dict[str, float]]]
     evaluate: Callable[[Any], dict[str, dict[str, float]]]
+    figures: Callable[[Any, Path], list[Path]]
 
 
 def _batch_options(config: Config, *, training: bool) -> dict[str, Any]:
@@ -536,10 +513,17 @@ def _matched(config: Config, language: _Language, model: FusionModel) -> _StageP
             found["reranked_retrieval"] = evaluate_reranked_retrieval(*embeds, judge, **ids, candidates=reranked)
         return found
 
+    def figures(params: Any, folder: Path) -> list[Path]:
+        source = _pairs(_shown(config), "test")
+        with batches(source, training=False) as rows:
+            found = embed(model.forward, params, rows)
+        return _draw_pairs(config, found, source, folder)
+
     return _StageParts(
         lambda: batches(_pairs(config, "train"), training=True),
         lambda params: metrics(params, _pairs(config, "validation"), reranked=0),
         lambda params: metrics(params, _pairs(config, "test"), reranked=config.reranked),
+        figures,
     )
 
 
@@ -573,20 +557,30 @@ def _generated(config: Config, language: _Language, model: FusionModel) -> _Stag
             **_batch_options(config, training=training),
         )
 
-    def metrics(params: Any, split: str) -> dict[str, dict[str, float]]:
-        source = _sequences(config, split)
-
+    def generated(params: Any, source: SequenceSource) -> dict[int, str]:
         def generate(params: Any, batch: Any) -> Any:
             return model.generate(params, batch, beams=config.beams, max_length=target_length - 1).token_ids
 
         with batches(source, training=False) as rows:
-            texts = generate_texts(generate, params, rows, decode=tokenizer.decode)
-        return {config.stage: GENERATED[config.stage](texts, _References(config, source, tokenizer))}
+            return generate_texts(generate, params, rows, decode=tokenizer.decode)
+
+    def metrics(params: Any, split: str) -> dict[str, dict[str, float]]:
+        source = _sequences(config, split)
+        return {
+            config.stage: GENERATED[config.stage](generated(params, source), _References(config, source, tokenizer))
+        }
+
+    def figures(params: Any, folder: Path) -> list[Path]:
+        source = _sequences(_shown(config), "test")
+        references = _References(config, source, tokenizer)
+        answers = generated(params, source)
+        return [_draw_answers(config, source, answers, {id: references[id]["target_texts"] for id in answers}, folder)]
 
     return _StageParts(
         lambda: batches(_sequences(config, "train"), training=True),
         lambda params: metrics(params, "validation"),
         lambda params: metrics(params, "test"),
+        figures,
     )
 
 
@@ -598,19 +592,81 @@ def _classified(config: Config, language: _Language, model: FusionModel) -> _Sta
         options = _batch_options(config, training=training)
         return make_class_batches(source, tokenizer=tokenizer, max_length=max_length, **options)
 
+    def logits(params: Any, source: ClassSource) -> ClassLogits:
+        with batches(source, training=False) as rows:
+            return class_logits(model.forward, params, rows)
+
+    def answers(classes: ClassLogits, source: ClassSource) -> dict[int, str]:
+        names = [source.class_names[int(place)] for place in classes.logits.argmax(axis=1)]
+        return dict(zip(classes.example_id.tolist(), names, strict=True))
+
     def metrics(params: Any, split: str) -> dict[str, dict[str, float]]:
         source = _classes(config, split)
-        with batches(source, training=False) as rows:
-            classes = class_logits(model.forward, params, rows)
+        classes = logits(params, source)
         if config.stage == "questions":
-            answers = [source.class_names[int(place)] for place in classes.logits.argmax(axis=1)]
-            texts = dict(zip(classes.example_id.tolist(), answers, strict=True))
-            return {"questions": evaluate_answers(texts, _References(config, _sequences(config, split), tokenizer))}
+            references = _References(config, _sequences(config, split), tokenizer)
+            return {"questions": evaluate_answers(answers(classes, source), references)}
         forms = [source[int(index)].get("form", "") for index in classes.example_id]
         return {config.stage: evaluate_classes(classes, forms)}
+
+    def figures(params: Any, folder: Path) -> list[Path]:
+        source = _classes(_shown(config), "test")
+        given = answers(logits(params, source), source)
+        expected = {
+            index: source[index].get("answers", [source.class_names[source[index]["label"]]]) for index in given
+        }
+        return [_draw_answers(config, source, given, expected, folder)]
 
     return _StageParts(
         lambda: batches(_classes(config, "train"), training=True),
         lambda params: metrics(params, "validation"),
         lambda params: metrics(params, "test"),
+        figures,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def _shown(config: Config) -> Config:
+    """The settings with as many examples as the figures are of."""
+    return replace(config, examples=min(config.examples or FIGURE_EXAMPLES, FIGURE_EXAMPLES))
+
+
+def _draw_pairs(config: Config, rows: Mapping[str, np.ndarray], source: Source, folder: Path) -> list[Path]:
+    """Draws what finds what, from embeddings of images and of their first captions."""
+    records = [source[int(index)] for index in rows["example_id"]]
+    pairs = {
+        "image_embeds": rows["image_embeds"],
+        "text_embeds": rows["text_embeds"],
+        "images": [load_image(record["image"], image_size=_image_size(config)) for record in records],
+        "captions": [record["captions"][0] for record in records],
+    }
+    paths = {name: folder / f"{name}.png" for name in ("similarity", "retrieval")}
+    plots.similarity_heatmap(**pairs, path=paths["similarity"])
+    plots.retrieved_examples(**pairs, path=paths["retrieval"])
+    return list(paths.values())
+
+
+def _draw_answers(
+    config: Config,
+    source: SequenceSource | ClassSource,
+    answers: Mapping[int, str],
+    expected: Mapping[int, Sequence[str]],
+    folder: Path,
+) -> Path:
+    """Draws what the model said of a source's examples; answers and expected ones by the example's index."""
+    path = folder / "answers.png"
+    records: list[Mapping[str, Any]] = [source[index] for index in answers]
+    plots.answered_examples(
+        [
+            [load_image(record[name], image_size=_image_size(config)) for name in IMAGE_NAMES if name in record]
+            for record in records
+        ],
+        [record["source_text"] if "source_text" in record else record["text"] for record in records],
+        [expected[index] for index in answers],
+        list(answers.values()),
+        path,
+    )
+    return path

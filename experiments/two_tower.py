@@ -10,8 +10,9 @@
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import jax.numpy as jnp
 import numpy as np
 
 from repkit import losses, plots
@@ -27,6 +28,7 @@ from repkit.evaluate.linear_probe import evaluate_few_shot, evaluate_linear_prob
 from repkit.evaluate.results import Result
 from repkit.evaluate.retrieval import evaluate_retrieval
 from repkit.evaluate.zero_shot import class_scores, evaluate_zero_shot, prompt_embeddings
+from repkit.metrics.geometry import alignment, effective_rank, modality_gap, uniformity
 from repkit.models.encoders import CLIP_TEXT_B, CLIP_TEXT_L, VIT_B_16, VIT_L_14, TextConfig, VisionConfig
 from repkit.models.functional import Model
 from repkit.models.sharding import TRANSFORMER_RULES
@@ -36,8 +38,11 @@ from repkit.recipe import Experiment
 from repkit.train.config import TrainConfig, data_share
 from repkit.train.mesh import WHOLE_BATCH
 
-Loss = Literal["gamma_contrastive", "info_nce"]
-Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consistency"]
+Loss = Literal["gamma_contrastive", "info_nce", "scaled_info_nce", "decoupled_contrastive", "global_contrastive"]
+Regularizer = Literal[
+    "in_modal_info_nce", "cyclic_consistency", "feature_separation", "brownian_bridge", "geometric_consistency"
+]
+Evaluation = Literal["retrieval", "zero_shot", "linear_probe", "few_shot", "geometry"]
 TOKENIZER_FILE = "tokenizer.json"
 EVALUATION_BATCH = 256
 FIGURE_EXAMPLES = 512
@@ -102,7 +107,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GammaConfig:
-    """Settings of `gamma_contrastive`, see its documentation.
+    """Settings of `gamma_contrastive`, see its documentation; `global_contrastive` has the same memory.
 
     The default takes the auxiliary variable at its mean, which learns fastest in a short run; `draw=sampled` draws it.
     """
@@ -118,14 +123,17 @@ class Config:
     """The run.
 
     Attributes:
-        loss: the contrastive loss.
-        regularizers: structure regularisers added to it; with any of them the batches hold augmented views.
+        loss: the contrastive loss. `scaled_info_nce` counts the negatives of a batch for all of the data set.
+        regularizers: what is added to it: contrast within the modalities (`in_modal_info_nce`), CyCLIP's consistency
+            (`cyclic_consistency`), and the structure regularisers. With most of them the batches hold augmented views.
         regularizer_weight: weight of each regulariser; none for its own default.
+        evaluations: what `repkit evaluate` does, as far as the data allow it.
     """
 
     loss: Loss = "gamma_contrastive"
     regularizers: tuple[Regularizer, ...] = ()
     regularizer_weight: float | None = None
+    evaluations: tuple[Evaluation, ...] = get_args(Evaluation)
     gamma: GammaConfig = GammaConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -167,7 +175,7 @@ def build(config: Config, directory: Path) -> Experiment:
             shuffle=training,
             repeat=training,
             seed=config.train.seed,
-            augmentation=_augmentation(config.data) if training and config.regularizers else None,
+            augmentation=_augmentation(config.data) if training and _needs_views(config) else None,
             max_corrupt_share=config.data.max_corrupt_share,
             process_index=share.index,
             process_count=share.count,
@@ -185,18 +193,27 @@ def build(config: Config, directory: Path) -> Experiment:
         return {f"validation/{name}": value for name, value in metrics.items()}
 
     def evaluate(params: Any) -> list[Result]:
-        train_rows, validation_rows, test_rows = (embedded(params, source) for source in (train, validation, test))
-        metrics = {"retrieval": retrieval(params, test, test_rows)}
-        if test.has_labels and (prompts := _prompts(config.data, test)):
+        test_rows = embedded(params, test)
+        metrics = {}
+        if "retrieval" in config.evaluations:
+            metrics["retrieval"] = retrieval(params, test, test_rows)
+        if "zero_shot" in config.evaluations and test.has_labels and (prompts := _prompts(config.data, test)):
             metrics["zero_shot"] = _zero_shot(
                 test_rows, prompt_embeddings(functools.partial(encode, params), prompts), _logit_scale(model, params)
             )
-        if all(source.has_labels for source in (train, validation, test)):
-            probes = [(rows["image_embeds"], rows["label"]) for rows in (train_rows, validation_rows, test_rows)]
-            metrics["linear_probe"] = evaluate_linear_probe(*probes)
-            smallest = np.unique(train_rows["label"], return_counts=True)[1].min()
-            shots = [k for k in (1, 2, 4, 8, 16) if k <= smallest]
-            metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed, shots=shots)
+        if "geometry" in config.evaluations:
+            metrics["geometry"] = _geometry(test_rows)
+        if {"linear_probe", "few_shot"} & set(config.evaluations) and all(
+            source.has_labels for source in (train, validation, test)
+        ):
+            splits = embedded(params, train), embedded(params, validation), test_rows
+            probes = [(rows["image_embeds"], rows["label"]) for rows in splits]
+            if "linear_probe" in config.evaluations:
+                metrics["linear_probe"] = evaluate_linear_probe(*probes)
+            if "few_shot" in config.evaluations:
+                smallest = np.unique(probes[0][1], return_counts=True)[1].min()
+                shots = [k for k in (1, 2, 4, 8, 16) if k <= smallest]
+                metrics["few_shot"] = evaluate_few_shot(*probes, seed=config.train.seed, shots=shots)
         name = " + ".join(["two_tower", config.loss, *config.regularizers])
         data = f"{_data_name(config.data)} {config.data.test}"
         return [Result(name, data, task, values) for task, values in metrics.items()]
@@ -288,10 +305,10 @@ def _model_config(config: Config, tokenizer: Tokenizer, max_length: int, image_s
 
 
 def _objective(config: Config, *, dataset_size: int) -> Objective:
-    return Objective(
-        {config.loss: _contrastive_term(config, dataset_size)}
-        | {name: _regularizer_term(name, config.regularizer_weight) for name in config.regularizers}
-    )
+    terms = {config.loss: _contrastive_term(config, dataset_size)}
+    for name in config.regularizers:
+        terms |= _regularizer_terms(name, config.regularizer_weight)
+    return Objective(terms)
 
 
 PAIR = ("outputs.image.embeds", "outputs.text.embeds")
@@ -303,6 +320,19 @@ def _contrastive_term(config: Config, dataset_size: int) -> Term:
     match config.loss:
         case "info_nce":
             return Term(losses.info_nce, PAIR, keywords=SCALE | LABELS)
+        case "scaled_info_nce":
+            options = {"dataset_size": dataset_size, "draw": "expected"}
+            return Term(losses.gamma_contrastive, PAIR, keywords=SCALE | LABELS, options=options)
+        case "decoupled_contrastive":
+            return Term(losses.decoupled_contrastive, PAIR, keywords=SCALE | LABELS)
+        case "global_contrastive":
+            return Term(
+                losses.global_contrastive,
+                PAIR,
+                keywords=SCALE | LABELS | {"example_id": "batch.example_id"},
+                options={"memory_rate": config.gamma.memory_rate},
+                memory=functools.partial(losses.init_memory, dataset_size),
+            )
         case "gamma_contrastive":
             gamma = config.gamma
             return Term(
@@ -319,23 +349,51 @@ def _contrastive_term(config: Config, dataset_size: int) -> Term:
             )
 
 
-def _regularizer_term(name: Regularizer, weight: float | None) -> Term:
+def _regularizer_terms(name: Regularizer, weight: float | None) -> dict[str, Term]:
     augmented = ("outputs.augmented_image.embeds", "outputs.augmented_text.embeds")
     match name:
+        case "in_modal_info_nce":
+            # Half of each, so that with the two halves of `info_nce` all four directions count alike.
+            weight = 0.5 if weight is None else weight
+            keywords = {"image": SCALE, "text": SCALE | LABELS}  # equal texts do not make equal images
+            return {
+                f"in_modal_{modality}": Term(
+                    losses.in_modal_info_nce, tuple(views), keywords=keywords[modality], weight=weight
+                )
+                for modality, *views in zip(("image", "text"), PAIR, augmented, strict=True)
+            }
+        case "cyclic_consistency":
+            return {name: Term(losses.geometric_consistency, PAIR, weight=0.25 if weight is None else weight)}
         case "feature_separation":
             independent = tuple(
                 f"outputs.{view}.independent" for view in ("image", "text", "augmented_image", "augmented_text")
             )
-            return Term(
+            term = Term(
                 losses.feature_separation,
                 PAIR + independent,
                 keywords=SCALE | LABELS,
                 weight=1.0 if weight is None else weight,
             )
+            return {name: term}
         case "brownian_bridge":
-            return Term(losses.brownian_bridge, (*PAIR, augmented[0]), weight=1.0 if weight is None else weight)
+            term = Term(losses.brownian_bridge, (*PAIR, augmented[0]), weight=1.0 if weight is None else weight)
+            return {name: term}
         case "geometric_consistency":
-            return Term(losses.geometric_consistency, PAIR + augmented, weight=0.25 if weight is None else weight)
+            term = Term(losses.geometric_consistency, PAIR + augmented, weight=0.25 if weight is None else weight)
+            return {name: term}
+
+
+def _needs_views(config: Config) -> bool:
+    return bool(set(config.regularizers) - {"cyclic_consistency"})
+
+
+def _geometry(rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """Where the embeddings of both modalities lie."""
+    images, texts = jnp.asarray(rows["image_embeds"]), jnp.asarray(rows["text_embeds"])
+    values = {"modality_gap": modality_gap(images, texts), "alignment": alignment(images, texts)}
+    for modality, embeds in (("image", images), ("text", texts)):
+        values |= {f"{modality}/uniformity": uniformity(embeds), f"{modality}/effective_rank": effective_rank(embeds)}
+    return {name: float(value) for name, value in values.items()}
 
 
 def _encode_texts(model: Model, tokenizer: Tokenizer, max_length: int, params: Any, texts: list[str]) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Figures of a run: loss curves, image-text similarities, retrieved examples, both modalities in the plane, attention
-heads beside those of a teacher; and of a study: methods with their intervals.
+"""Figures of a run: loss curves, image-text similarities, retrieved and answered examples, both modalities in the
+plane, attention heads beside those of a teacher; and of a study: methods with their intervals.
 
 Every function writes one PNG and returns the figure. Figures are made without pyplot, so that neither a window nor
 matplotlib's global state is touched. Colours are those of Okabe and Ito and of Tol, which colour-blind people tell
@@ -338,6 +338,66 @@ def retrieved_examples(
     legend = f"{_verdict(True)} equal caption    {_verdict(False)} another caption    "
     legend += f"searched: {len(images)} images, {len(unique)} different captions"
     _text(page, 0.2, 0.55 + queries * height + 0.15, legend, colour=GREY, va="center")
+    return _save(figure, path)
+
+
+def answered_examples(
+    images: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]],
+    texts: Sequence[str],
+    expected: Sequence[Sequence[str]],
+    answers: Sequence[str],
+    path: str | Path,
+    *,
+    rows: int = 12,
+) -> "Figure":
+    """What a model said about images and texts, such as answers to questions; row i of all arguments is one example.
+
+    Args:
+        images: those of each example, one or more.
+        texts: what was asked, stated or translated.
+        expected: what would have been right, the first of it is shown beside a wrong answer; empty where nobody knows.
+        answers: what the model said.
+        path: of the PNG.
+        rows: how many examples are shown.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: arguments of different length, no rows, or matplotlib is not installed.
+    """
+    lengths = [len(images), len(texts), len(expected), len(answers)]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise InputError(
+            "answered examples: expected images, texts, expected and answers with one row per example, got "
+            f"{', '.join(map(str, lengths))} rows"
+        )
+    shown = range(min(rows, len(texts)))
+    size, height, line = 0.78, 1.02, 0.19
+    asked = [_wrap(texts[i], 44, lines=4) for i in shown]
+    said = [_wrap(answers[i] or "(nothing)", 44, lines=2) for i in shown]
+    right = [_wrap(f"expected: {expected[i][0]}", 44, lines=2) if expected[i] else "" for i in shown]
+    pictures = max(len(images[i]) for i in shown)
+    asked_left = 0.2 + pictures * (size + 0.12) + 0.1
+    said_left = asked_left + max(1.0, *(_width(text) for text in asked)) + 0.3
+    width = said_left + 0.25 + max(1.0, *(_width(text) for text in (*said, *right))) + 0.2
+    figure, page = _page(width, 0.2 + len(shown) * height + 0.35)
+    for i in shown:
+        y = 0.2 + i * height
+        middle = y + height / 2
+        page.plot([0.2, width - 0.2], [y, y], color=PALE, linewidth=0.7)
+        for place, image in enumerate(images[i]):
+            _thumbnail(page, image, 0.2 + place * (size + 0.12), y + 0.12, size)
+        _text(page, asked_left, middle, asked[i], va="center")
+        is_right = answers[i] in expected[i]
+        colour = GREY if not expected[i] else RIGHT if is_right else WRONG
+        _text(page, said_left + 0.25, middle - line / 2, said[i], va="center", colour=colour)
+        if expected[i]:
+            _text(page, said_left, middle - line / 2, _verdict(is_right), va="center", colour=colour)
+        if expected[i] and not is_right:
+            _text(page, said_left + 0.25, middle + line, right[i], va="center", colour=GREY)
+    legend = f"{_verdict(True)} as expected    {_verdict(False)} otherwise"
+    _text(page, 0.2, 0.2 + len(shown) * height + 0.17, legend, colour=GREY, va="center")
     return _save(figure, path)
 
 

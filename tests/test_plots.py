@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from repkit.checks import InputError
-from repkit.plots import head_alignment, intervals, loss_curves, projection, retrieved_examples, similarity_heatmap
+from repkit.plots import (
+    answered_examples,
+    head_alignment,
+    intervals,
+    loss_curves,
+    projection,
+    retrieved_examples,
+    similarity_heatmap,
+)
 
 NAN = math.nan
 
@@ -194,6 +202,32 @@ def test_rows_that_do_not_fit_are_named(pairs, path, draw):
         draw(image, text, images, captions[:-1], path)
     with pytest.raises(InputError, match="got 0, 0, 0, 0 rows"):
         draw(image[:0], text[:0], images[:0], [], path)
+
+
+def test_answered_examples_say_what_was_expected_where_it_was_not_said(path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    figure = answered_examples(
+        [[picture], [picture, picture], [picture], [picture]],
+        ["how many digits?", "both show a $3", "what is left of the red seven? " * 9, "which digit?"],
+        [["two", "2"], ["true"], [], ["six"]],
+        ["2", "false", "a blue one", ""],
+        path,
+    )
+    assert is_png(path)
+    shown = texts(figure)
+    assert shown[:3] == ["how many digits?", "2", "✓"]
+    assert shown[3:7] == ["both show a $3", "false", "✗", "expected: true"]
+    assert shown[8] == "a blue one"  # nobody knows whether it is right
+    assert shown[9:13] == ["which digit?", "(nothing)", "✗", "expected: six"]
+    assert len(figure.axes[0].images) == 5
+    assert_everything_is_on_the_page(figure)
+
+
+def test_answered_examples_of_different_numbers_are_refused(path):
+    with pytest.raises(InputError, match="one row per example, got 1, 1, 0, 1 rows"):
+        answered_examples([[]], ["what?"], [], ["six"], path)
+    with pytest.raises(InputError, match="got 0, 0, 0, 0 rows"):
+        answered_examples([], [], [], [], path)
 
 
 @pytest.fixture

@@ -44,21 +44,23 @@ def test_pretraining_learns_all_its_terms_and_is_measured_with_and_without_match
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("settings", "task", "metric"),
+    ("settings", "task", "metric", "figure"),
     [
-        (["stage=retrieval"], "reranked_retrieval", "image_to_text/R@1"),
-        (["stage=questions"], "questions", "vqa_accuracy"),
-        (["stage=questions", "answers=classified"], "questions", "vqa_accuracy"),
-        (["stage=captions"], "captions", "bleu4"),
-        (["stage=entailment"], "entailment", "accuracy"),
+        (["stage=retrieval"], "reranked_retrieval", "image_to_text/R@1", "retrieval"),
+        (["stage=questions"], "questions", "vqa_accuracy", "answers"),
+        (["stage=questions", "answers=classified"], "questions", "vqa_accuracy", "answers"),
+        (["stage=captions"], "captions", "bleu4", "answers"),
+        (["stage=entailment"], "entailment", "accuracy", "answers"),
     ],
 )
-def test_tasks_start_from_the_pretrained_model(pretrained, tmp_path, settings, task, metric):
+def test_tasks_start_from_the_pretrained_model(pretrained, tmp_path, settings, task, metric, figure):
     run = train(tmp_path / "run", f"start={pretrained}", *settings)
     assert main(["evaluate", str(run)]) == 0
     results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert results[-1]["task"] == task
     assert 0 <= results[-1]["metrics"][metric] <= 1
+    assert main(["plot", str(run)]) == 0
+    assert (run / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

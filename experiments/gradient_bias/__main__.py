@@ -1,0 +1,59 @@
+"""Study: does the gradient of a contrastive loss depend on the batch size, and what does it cost to prevent that?
+
+    python -m experiments.gradient_bias                      the whole study: hours; a second call goes on
+    python -m experiments.gradient_bias --workers 2          the same, two runs at a time
+    python -m experiments.gradient_bias --part real_input    only this part
+    python -m experiments.gradient_bias --smoke              all parts, tiny: under a minute
+    python -m experiments.gradient_bias --report             the tables and figures of what is finished
+
+Parts: `optimum`, a parameter whose best value is known; `mean_gradient`, of fixed encoders; `real_input`, two towers
+trained on digit scenes in batches of 16 to 512. The results go to experiments/results/gradient_bias/: every run
+as a JSON line, the tables, and the figures.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from experiments.gradient_bias.fixed_encoder import Encoders
+from experiments.gradient_bias.mean_gradient import MeanGradient
+from experiments.gradient_bias.optimum import Optimum
+from experiments.gradient_bias.real_input import RealInput
+from experiments.parts import Study, study_command
+
+STUDY = Study(
+    name="gradient_bias",
+    title="Gradient bias",
+    parts={"optimum": Optimum(), "mean_gradient": MeanGradient(), "real_input": RealInput()},
+    smoke={
+        "optimum": Optimum(
+            methods=("decoupled", "gamma_sampled"),
+            sigmas=(0.5, 1.0),
+            negatives=(4,),
+            starts=(0.0, 3.0),
+            steps=2_000,
+            variants=(),
+        ),
+        "mean_gradient": MeanGradient(
+            encoders=Encoders(pairs=64, features=16, dim=8, rows=2_000, warm_up=0.0),
+            estimators=("info_nce", "gamma_expected_exact"),
+            negatives=(4,),
+            seeds=(0, 1),
+        ),
+        "real_input": RealInput(
+            methods=("gamma_sampled",),
+            batch_sizes=(16,),
+            seeds=(0,),
+            examples=64,
+            recipe_settings=("model.width=16", "model.depth=1", "model.heads=2", "model.embed_dim=16"),
+        ),
+    },
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is missing, writes the report, and returns 0."""
+    return study_command(STUDY, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

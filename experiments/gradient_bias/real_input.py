@@ -1,0 +1,149 @@
+"""Part `real_input`: two towers on digit scenes, by loss and batch size, with equally many examples seen."""
+
+import contextlib
+import functools
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import figures, recipe_runs
+from experiments.comparison import difference, mean
+from experiments.gradient_bias.titles import TITLES
+from experiments.parts import Finished, Setup, work_folder
+from experiments.study import Run, Settings, interval, markdown_table
+
+RECIPE = Path(__file__).parents[1] / "two_tower.py"
+LOSSES: dict[str, tuple[str, ...]] = {
+    "info_nce": ("loss=info_nce",),
+    "scaled": ("loss=scaled_info_nce",),
+    "decoupled": ("loss=decoupled_contrastive",),
+    "global": ("loss=global_contrastive",),
+    "gamma_sampled": ("loss=gamma_contrastive", "gamma.draw=sampled"),
+    "gamma_expected": ("loss=gamma_contrastive", "gamma.draw=expected"),
+}
+"""Settings of the recipe by method."""
+
+BASELINE = "info_nce"
+OURS = ("gamma_sampled", "gamma_expected")
+METRICS = {
+    "retrieval/image_to_text/R@1": "image to text R@1",
+    "retrieval/text_to_image/R@1": "text to image R@1",
+    "zero_shot/top_1": "zero-shot digit",
+}
+
+
+@dataclass(frozen=True)
+class RealInput:
+    """Every method with every batch size and seed.
+
+    Attributes:
+        methods: names of `LOSSES`.
+        batch_sizes: of the training.
+        seeds: of the training.
+        examples: seen in a training; 12 epochs.
+        rate_at_128: learning rate at batch size 128; at B it is larger by sqrt(B / 128), for all methods.
+        recipe_settings: of all runs.
+    """
+
+    methods: tuple[str, ...] = tuple(LOSSES)
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    examples: int = 98_304
+    rate_at_128: float = 2e-3
+    recipe_settings: tuple[str, ...] = ()
+
+    def all_settings(self) -> Iterator[dict[str, Any]]:
+        """Seed by seed, so that a part of the runs is a study too."""
+        for seed in self.seeds:
+            for batch_size in self.batch_sizes:
+                for method in self.methods:
+                    yield {"method": method, "batch_size": batch_size, "seed": seed}
+
+    def make(self, settings: Settings, setup: Setup) -> dict[str, float]:
+        """The test metrics, as `<task>/<metric>`."""
+        folder = work_folder(setup, settings)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+            recipe_runs.train(RECIPE, folder, [*self.train_settings(settings), *setup.changes])
+            results = recipe_runs.evaluate(folder)
+        shutil.rmtree(folder)
+        return {f"{result.task}/{name}": value for result in results for name, value in result.metrics.items()}
+
+    def train_settings(self, settings: Settings) -> Iterator[str]:
+        """The recipe's settings of a run."""
+        batch_size = settings["batch_size"]
+        steps = self.examples // batch_size
+        yield from LOSSES[settings["method"]]
+        yield "evaluations=retrieval,zero_shot"
+        yield f"train.seed={settings['seed']}"
+        yield f"train.batch_size={batch_size}"
+        yield f"train.steps={steps}"
+        yield f"train.warmup_steps={steps // 12}"
+        yield f"train.learning_rate={self.rate_at_128 * math.sqrt(batch_size / 128)}"
+        yield f"train.checkpoint_every={steps}"
+        yield from self.recipe_settings
+
+    def tables(self, finished: Finished) -> Iterator[str]:
+        """For each metric the means, the differences at equal batch sizes, and those at half the batch."""
+        sizes = [size for size in self.batch_sizes if finished(batch_size=size)]
+        methods = [method for method in self.methods if finished(method=method)]
+        header = ["method", *(f"batch {size}" for size in sizes)]
+        for metric, title in METRICS.items() if sizes else ():
+            means = [
+                [TITLES[each], *(mean(finished(method=each, batch_size=m), metric) for m in sizes)] for each in methods
+            ]
+            yield f"## Digit scenes: {title}\n\n{markdown_table(header, means)}"
+            differences = functools.partial(_differences, finished, metric)
+            rows = [differences(each, [(size, size) for size in sizes]) for each in methods if each != BASELINE]
+            yield f"Minus InfoNCE, seed by seed, in points:\n\n{markdown_table(header, rows)}"
+            halves = [(size, 2 * size) for size in sizes if 2 * size in sizes]
+            if halves:
+                half_header = ["method", *(f"{size} minus InfoNCE at {twice}" for size, twice in halves)]
+                table = markdown_table(half_header, [differences(each, halves) for each in OURS if each in methods])
+                yield f"At half the batch, in points:\n\n{table}"
+            yield from self._smallest_batches(finished, metric)
+
+    def _smallest_batches(self, finished: Finished, metric: str) -> Iterator[str]:
+        """The smallest batch at which each of ours is not below InfoNCE at the largest."""
+        largest = max(self.batch_sizes)
+        baseline = finished(method=BASELINE, batch_size=largest)
+        for method in OURS:
+            by_size = {m: difference(finished(method=method, batch_size=m), baseline, metric) for m in self.batch_sizes}
+            if any(each is None for each in by_size.values()):
+                continue
+            reaching = [m for m, each in by_size.items() if each and each.mean + each.half_width >= 0]
+            yield (
+                f"Smallest batch at which {TITLES[method]} is not below InfoNCE at {largest} "
+                f"(upper end of the paired interval at or above 0): {min(reaching) if reaching else 'none of these'}."
+            )
+
+    def draw(self, finished: Finished, setup: Setup) -> None:
+        """Each metric by batch size."""
+        if not finished():
+            return
+        figure, row = figures.panels(len(METRICS))
+        for axes, (metric, title) in zip(row, METRICS.items(), strict=True):
+            series = {}
+            for method in self.methods:
+                found = {m: finished(method=method, batch_size=m) for m in self.batch_sizes}
+                found = {m: [run.metrics[metric] for run in runs] for m, runs in found.items() if runs}
+                if found:
+                    series[TITLES[method]] = figures.Line(list(found), [interval(each) for each in found.values()])
+            figures.lines(axes, series)
+            figures.ticks(axes, self.batch_sizes)
+            figures.finish(axes, title=title, x="batch size", y="share right")
+        row[0].legend(fontsize=6, frameon=False)
+        figures.save(figure, setup.results / "real_input.png")
+
+
+def _differences(finished: Finished, metric: str, method: str, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """A row: the method at the first batch size of each pair minus InfoNCE at the second."""
+
+    def runs(of: str, size: int) -> list[Run]:
+        return finished(method=of, batch_size=size)
+
+    found = [difference(runs(method, size), runs(BASELINE, other), metric) for size, other in sizes]
+    return [TITLES[method], *("" if each is None else each.percent() for each in found)]

@@ -1,0 +1,60 @@
+"""Study: does structure beside the contrast of two modalities help, and what does exact alignment cost?
+
+    python -m experiments.modality_structure                  the whole study: hours; a second call goes on
+    python -m experiments.modality_structure --workers 2      the same, two runs at a time
+    python -m experiments.modality_structure --part fusion    only this part
+    python -m experiments.modality_structure --smoke          all parts, tiny: under a minute
+    python -m experiments.modality_structure --report         the tables and figures of what is finished
+
+Parts: `price`, features that must be equal, in a world whose information is known; `two_tower`, image and text towers
+on digit scenes with each structure, and the picture of the structures; `fusion`, a fusion model pre-trained with each
+structure, and its tasks. The results go to experiments/results/modality_structure/: every run as a JSON line, the
+tables, the figures, and the features that the picture is drawn from.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from experiments.modality_structure.fusion_tasks import FusionTasks
+from experiments.modality_structure.known_world import Training
+from experiments.modality_structure.price import Price
+from experiments.modality_structure.two_towers import TwoTowers
+from experiments.parts import Study, study_command
+
+STUDY = Study(
+    name="modality_structure",
+    title="Modality structure",
+    parts={"price": Price(), "two_tower": TwoTowers(), "fusion": FusionTasks()},
+    smoke={
+        "price": Price(second_bits=("shared",), noises=(0.1, 0.3), seeds=(0, 1), training=Training(steps=300)),
+        "two_tower": TwoTowers(
+            methods=("separation",),
+            seeds=(0,),
+            recipe_settings=(
+                "model.width=16",
+                "model.depth=1",
+                "model.heads=2",
+                "model.embed_dim=16",
+                "train.batch_size=16",
+                "train.steps=4",
+                "train.warmup_steps=1",
+            ),
+        ),
+        "fusion": FusionTasks(
+            methods=("geometric",),
+            seeds=(0,),
+            steps={"pretrain": 2, "questions": 2},
+            recipe_settings=("reranked=0",),
+            smoke=True,
+        ),
+    },
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is missing, writes the report, and returns 0."""
+    return study_command(STUDY, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

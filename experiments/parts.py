@@ -1,0 +1,141 @@
+"""Studies of several parts: one command makes the runs that are missing and reports those that are finished."""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from experiments.recipe_runs import keep_programs
+from experiments.study import Run, Runs, Settings, run_missing
+
+RESULTS = Path(__file__).parent / "results"
+
+Finished = Callable[..., list[Run]]
+"""From keyword arguments to the finished runs of a part whose settings include them."""
+
+
+class Setup(NamedTuple):
+    """Where a study's files go, and what is changed in it.
+
+    Attributes:
+        results: folder of the runs that are finished, the tables and the figures.
+        work: folder of what may be deleted afterwards.
+        changes: settings of all trainings by a recipe, NAME=VALUE.
+    """
+
+    results: Path
+    work: Path
+    changes: tuple[str, ...] = ()
+
+
+class Part(Protocol):
+    """A part of a study; it goes to other processes, so that it holds nothing but its settings."""
+
+    def all_settings(self) -> Iterable[dict[str, Any]]:
+        """The settings of its runs, in the order in which they are made."""
+        ...
+
+    def make(self, settings: Settings, setup: Setup) -> Mapping[str, float]:
+        """The metrics of a run."""
+        ...
+
+    def tables(self, finished: Finished) -> Iterator[str]:
+        """Markdown sections of what is finished."""
+        ...
+
+    def draw(self, finished: Finished, setup: Setup) -> None:
+        """Writes the figures of what is finished."""
+        ...
+
+
+class Study(NamedTuple):
+    """A study.
+
+    Attributes:
+        name: folder of its results.
+        title: of its tables.
+        parts: name -> part.
+        smoke: the same parts, tiny.
+    """
+
+    name: str
+    title: str
+    parts: Mapping[str, Part]
+    smoke: Mapping[str, Part]
+
+
+def study_command(study: Study, description: str | None, arguments: Sequence[str] | None = None) -> int:
+    """Makes the runs that are missing, writes tables and figures, and returns 0.
+
+    Args:
+        study: what is run.
+        description: what `--help` says of it.
+        arguments: of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
+    parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--workers", type=int, default=1, help="runs that are made at a time")
+    parser.add_argument("--part", choices=study.parts, action="append", help="make runs of this part; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of all trainings by a recipe, for instance of a larger model; "
+        "the results go to runs/, in a folder of this name",
+    )
+    options = parser.parse_args(arguments)
+    setup = _setup(study, smoke=options.smoke, changes=tuple(options.set))
+    parts = study.smoke if options.smoke else study.parts
+    runs = Runs(setup.results / "runs.jsonl")
+    is_complete = options.report or run_missing(
+        runs,
+        [{"part": name, **each} for name in options.part or parts for each in parts[name].all_settings()],
+        functools.partial(_make, parts, setup),
+        workers=options.workers,
+        minutes=options.minutes,
+        tell=_tell,
+    )
+    print(report(study.title, parts, runs, setup))
+    if not is_complete:
+        print("Not complete; call again to go on.")
+    return 0
+
+
+def _setup(study: Study, *, smoke: bool, changes: tuple[str, ...]) -> Setup:
+    work = Path("runs") / study.name
+    keep_programs(work / "programs")
+    if smoke:
+        work /= "smoke"
+    if changes:
+        work /= ",".join(changes).replace("/", "_")
+    return Setup(work / "results" if smoke or changes else RESULTS / study.name, work, changes)
+
+
+def _make(parts: Mapping[str, Part], setup: Setup, settings: Settings) -> Mapping[str, float]:
+    return parts[settings["part"]].make(settings, setup)
+
+
+def _tell(run: Run) -> None:
+    print(", ".join(f"{name} {value}" for name, value in run.settings.items()), flush=True)
+
+
+def report(title: str, parts: Mapping[str, Part], runs: Runs, setup: Setup) -> str:
+    """Writes the tables and the figures of what is finished; returns the tables."""
+    setup.results.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, part in parts.items():
+        finished = functools.partial(runs.select, part=name)
+        sections += part.tables(finished)
+        part.draw(finished, setup)
+    text = "\n\n".join(sections) + "\n"
+    (setup.results / "RESULTS.md").write_text(f"# {title}\n\n{text}")
+    return text
+
+
+def work_folder(setup: Setup, settings: Settings) -> Path:
+    """The folder for the files of one run while it is made."""
+    return setup.work / "_".join(f"{value}" for value in settings.values())

@@ -1,0 +1,62 @@
+"""The study of gradient bias, at its smallest."""
+
+import numpy as np
+import pytest
+
+from experiments.gradient_bias import scalar_problem
+from experiments.gradient_bias.__main__ import STUDY, main
+from experiments.gradient_bias.real_input import RealInput
+from experiments.gradient_bias.scalar_problem import Lane, Training
+
+
+def test_batches_of_all_sizes_see_the_same_examples():
+    part = RealInput()
+    configs = {}
+    for size in part.batch_sizes:
+        settings = part.train_settings({"method": "gamma_sampled", "batch_size": size, "seed": 0})
+        configs[size] = dict(setting.split("=", 1) for setting in settings)
+    seen = {int(config["train.steps"]) * int(config["train.batch_size"]) for config in configs.values()}
+    assert seen == {part.examples}
+    rates = {size: float(config["train.learning_rate"]) for size, config in configs.items()}
+    assert rates[512] == pytest.approx(2 * rates[128])
+
+
+def test_the_positive_score_of_bounded_negatives_puts_the_minimum_at_one():
+    sigma, bound = 1.5, 1.0
+    z = np.linspace(-bound, bound, 20_001)
+    weights = np.exp(-(z**2) / 2)
+
+    def loss(theta):
+        scores = np.exp(theta * sigma * z)
+        return -theta * scalar_problem.positive_score(sigma, bound) + np.log(np.sum(weights * scores) / np.sum(weights))
+
+    assert loss(1.0) < min(loss(0.98), loss(1.02))
+
+
+@pytest.mark.slow
+def test_ours_goes_to_one_where_the_mini_batch_loss_does_not():
+    lanes = [Lane(0.5, 0.5), Lane(0.5, 1.5)]
+    training = Training(steps=6_000, record_every=100)
+    ours = scalar_problem.train("gamma_expected", training, lanes, seed=0)
+    conventional = scalar_problem.train("decoupled", training, lanes, seed=0)
+    assert ours.shape == (2, 60)
+    assert np.all(np.abs(ours[:, -1] - 1) < 0.2)
+    assert np.all(conventional[:, -1] > 1.25)
+
+
+@pytest.mark.slow
+def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--smoke"]) == 0
+    results = tmp_path / "runs" / "gradient_bias" / "smoke" / "results"
+    tables = (results / "RESULTS.md").read_text()
+    for heading in ("The optimum at 1, 4 negatives", "What tames it", "Error of the mean gradient", "Digit scenes"):
+        assert heading in tables
+    for name in ("optimum", "optimum_sweep", "mean_gradient", "real_input"):
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    lines = (results / "runs.jsonl").read_text()
+    assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
+
+    assert main(["--smoke", "--minutes", "0"]) == 0
+    assert (results / "runs.jsonl").read_text() == lines
+    assert "Not complete" not in capsys.readouterr().out

@@ -1,0 +1,67 @@
+"""Studies of several parts: their runs, and the settings that a user changes."""
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+
+from experiments.comparison import difference_tables
+from experiments.gradient_bias.__main__ import STUDY as GRADIENT_BIAS
+from experiments.modality_structure.__main__ import STUDY as MODALITY_STRUCTURE
+from experiments.parts import Study, study_command
+from experiments.study import Run
+
+
+@pytest.mark.parametrize("study", [GRADIENT_BIAS, MODALITY_STRUCTURE], ids=lambda study: study.name)
+def test_each_run_has_a_name_of_its_own_and_can_be_made_by_a_worker(study):
+    for parts in (study.parts, study.smoke):
+        for name, part in parts.items():
+            names = [json.dumps(settings) for settings in part.all_settings()]
+            assert len(set(names)) == len(names) > 0, name
+            assert pickle.loads(pickle.dumps(part)) == part
+    assert study.parts.keys() == study.smoke.keys()
+
+
+@dataclasses.dataclass(frozen=True)
+class Roots:
+    """A part for the test: the square of a number."""
+
+    numbers: tuple[int, ...]
+
+    def all_settings(self):
+        return ({"number": number} for number in self.numbers)
+
+    def make(self, settings, setup):
+        return {"square": settings["number"] ** 2 + len(setup.changes)}
+
+    def tables(self, finished):
+        yield ", ".join(f"{run.metrics['square']:g}" for run in finished())
+
+    def draw(self, finished, setup):
+        (setup.results / "figure").touch()
+
+
+def test_changed_settings_have_results_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    study = Study("numbers", "Numbers", parts={"roots": Roots((1, 2, 3))}, smoke={"roots": Roots((4,))})
+    assert study_command(study, None, ["--smoke"]) == 0
+    assert study_command(study, None, ["--set", "model.width=8"]) == 0
+    folder = tmp_path / "runs" / "numbers"
+    assert "16\n" in (folder / "smoke" / "results" / "RESULTS.md").read_text()
+    assert "2, 5, 10\n" in (folder / "model.width=8" / "results" / "RESULTS.md").read_text()
+    assert study_command(study, None, ["--set", "train.steps=9", "--minutes", "0"]) == 0
+    assert "Not complete" in capsys.readouterr().out
+    assert (folder / "train.steps=9" / "results" / "figure").exists()
+
+
+def test_differences_are_taken_from_each_baseline_that_has_runs():
+    found = {
+        method: [Run({"seed": seed}, {"accuracy": value + seed / 10}) for seed in range(count)]
+        for method, value, count in (("none", 0.5, 3), ("ours", 0.6, 3), ("new", 0.6, 1))
+    }
+    titles = {"none": "nothing", "ours": "Ours", "new": "New"}
+    (table,) = difference_tables(found, ("none", "other"), titles, {"accuracy": "accuracy"})
+    assert "Minus nothing" in table
+    assert "| Ours | 10.0 ± 0.0 |" in table
+    assert "New" not in table
