@@ -1,12 +1,14 @@
 # make demo   train, evaluate and draw the two-tower on handwritten-digit scenes
 # make test   lint, type check and the fast tests; `make test-slow` runs the slow ones
 # make bench  time the losses beside their peers; BENCH='--targets' and other options of benchmarks.losses
+# make soak   measure what docs/reliability.md promises about faults, and write its table; SOAK='damage kills --count 20'
 # All make the virtual environment they need, and reuse it when called again.
 
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/demo
 BENCH  ?= --plot runs/figures
+SOAK   ?=
 
 bin     := $(VENV)/bin
 # Compiled programs are kept between calls, so that a second run of the tests or the demo starts at once.
@@ -16,7 +18,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000
 pytest  := $(bin)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo bench test test-fast test-slow lint format constraints clean
+.PHONY: demo bench soak test test-fast test-slow lint format constraints clean
 
 demo: $(VENV)/.installed-all
 	$(bin)/repkit train experiments/two_tower.py --run $(RUN) --resume
@@ -25,6 +27,9 @@ demo: $(VENV)/.installed-all
 
 bench: $(VENV)/.installed-all
 	$(bin)/python -m benchmarks.losses --output runs/benchmarks.jsonl $(BENCH)
+
+soak: $(VENV)/.installed-dev
+	$(bin)/python -m tests.faults.soak $(SOAK) --docs docs/reliability.md
 
 test: lint test-fast
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from repkit import losses, plots
@@ -48,10 +46,12 @@ from repkit.models.fusion import FusionConfig, FusionModel, fusion
 from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.objective import Objective, Term
 from repkit.recipe import Experiment, RunDirectory
+from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import TrainConfig, data_share
 from repkit.train.mesh import WHOLE_BATCH
+from repkit.train.start import started_from
 from repkit.train.teacher import MomentumTeacher
-from repkit.trained import load_run
+from repkit.trained import load_parameters
 
 Stage = Literal["pretrain", "retrieval", "questions", "captions", "assignment", "statements", "entailment"]
 Scenes = Literal["captions", "pairs"]
@@ -76,7 +76,7 @@ MAIN_METRIC: dict[str, str] = {
 MOST_ANSWERS = 256
 FIGURE_EXAMPLES = 12
 REPLACED = ("class_head",)
-"""Parts whose parameters are new where those to start from have another shape."""
+"""Parts whose parameters are new where those to start from differ."""
 
 
 @dataclass(frozen=True)
@@ -384,36 +384,10 @@ def _model(config: Config, tokenizer: Tokenizer) -> FusionModel:
 
 
 def _initial(config: Config, model: FusionModel, directory: Path) -> Callable[[Any], Any]:
-    # A run that has begun has parameters of its own.
-    if config.start is None or RunDirectory(directory).checkpoints.exists():
+    has_begun = CheckpointReader(RunDirectory(directory).checkpoints).latest_step() is not None
+    if config.start is None or has_begun:
         return model.init
-    start = jax.device_get(load_run(config.start).params)
-    started = _started(jax.eval_shape(model.init, jax.random.key(0)), start, config.start)
-    return lambda key: _merged(model.init(key), started)
-
-
-def _started(own: Any, start: Any, run: str) -> dict[str, Any]:
-    """The leaves of `start` that the model takes, by their paths."""
-    there = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(start)}
-    taken = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(own):
-        name = jax.tree_util.keystr(path)
-        if name not in there:
-            continue
-        if there[name].shape == leaf.shape:
-            taken[name] = there[name]
-        elif path[0].key not in REPLACED:
-            shape = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(f"start={run}: '{shape}' has shape {there[name].shape} there and {leaf.shape} here")
-    return taken
-
-
-def _merged(own: Any, started: Mapping[str, Any]) -> Any:
-    def leaf(path: Any, value: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        return jnp.asarray(started[name]) if name in started else value
-
-    return jax.tree_util.tree_map_with_path(leaf, own)
+    return started_from(load_parameters(config.start), model.init, origin=f"start={config.start}", replaced=REPLACED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Something that the caller handed in cannot be used; the message says what, and what would be right."""
 
 
+class RunWarning(UserWarning):
+    """Something went wrong that a run can go on without; the message says in one line what, and what was done."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> InputError:
     """The error for a name that is not among the valid ones; it offers the nearest.
 
@@ -29,6 +33,16 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> InputError:
     hint = f"did you mean '{near[0]}'? " if near else ""
     listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names"
     return InputError(f"unknown {kind} '{name}'; {hint}Valid: {listed}")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message: its beginning, if it is long.
+
+    >>> shown(["a" * 10]), len(shown("b" * 10_000))
+    ("['aaaaaaaaaa']", 201)
+    """
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def require_choice(argument: str, value: str, valid: Iterable[str]) -> None:

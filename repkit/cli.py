@@ -1,17 +1,22 @@
 """The console command: `repkit train | evaluate | plot | plan | doctor`.
 
 Exit codes: 0 done; 2 the input cannot be used, one line says why; 75 interrupted by a signal and saved, `--resume`
-continues; 130 aborted by a second Ctrl-C; 1 anything else.
+continues; 79 no progress for too long and 80 another process lost, `--resume` continues; 130 aborted by a second
+Ctrl-C; 1 anything else.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from repkit.checks import InputError
+from repkit.checks import InputError, RunWarning
 
 EXIT_INPUT = 2
 
@@ -82,13 +87,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:
         options = _parser().parse_args(arguments)
-        return options.run_command(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RunWarning)
+            warnings.showwarning = _show(warnings.showwarning)
+            return options.run_command(options)
     except InputError as error:
         print(f"repkit: {error}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print("repkit: aborted", file=sys.stderr)
         return 130
+
+
+def _show(default: Callable[..., None]) -> Callable[..., None]:
+    """Shows our own warnings in a line, and all others as they are."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, RunWarning):
+            print(f"repkit: warning: {message}", file=sys.stderr)
+        else:
+            default(message, category, *place, **more)
+
+    return show
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -102,20 +122,52 @@ def _train(options: argparse.Namespace) -> int:
         for name, value in flatten(config).items():
             print(f"{name} = {value}")
         return 0
-    run = RunDirectory(options.run or Path("runs") / options.recipe.stem)
-    run.check_usable(config, resume=options.resume)
+    import jax
 
+    from repkit.train.checkpoint import SaveFailedError
+    from repkit.train.interrupt import EXIT_INTERRUPTED
+    from repkit.train.loop import NonFiniteLoss
+    from repkit.train.processes import Peers, cluster_from, join
+
+    cluster = cluster_from(os.environ)
+    if cluster is not None:
+        join(cluster)
+    run = RunDirectory(options.run or Path("runs") / options.recipe.stem)
+    try:
+        with Peers(cluster) as peers:
+            outcome = _trained(options, recipe, config, run, peers)
+    except (NonFiniteLoss, SaveFailedError) as error:
+        print(f"repkit: {error}", file=sys.stderr)
+        return 1
+    is_first = jax.process_index() == 0
+    if outcome.interrupted:
+        if is_first:
+            kept = "saved, --resume continues" if outcome.step else "--resume begins"
+            print(f"repkit: {outcome.interrupted} at step {outcome.step}; {kept}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if is_first:
+        print(f"trained to step {outcome.step}: {run.path}")
+    return 0
+
+
+def _trained(options: argparse.Namespace, recipe: Any, config: Any, run: Any, peers: Any) -> Any:
+    """Trains on all processes; the first of them makes the run directory and writes the logs."""
     import jax
 
     from repkit.train.checkpoint import Checkpointer
     from repkit.train.config import check_devices, check_step, make_placement, make_schedule
-    from repkit.train.interrupt import EXIT_INTERRUPTED, Interrupts
+    from repkit.train.interrupt import Interrupts
     from repkit.train.logging import MetricLogger
-    from repkit.train.loop import NonFiniteLoss, fit
+    from repkit.train.loop import fit
+    from repkit.train.processes import barrier
     from repkit.train.step import make_term_gradient_norms
+    from repkit.train.watchdog import Watchdog
 
-    if jax.process_count() > 1:
-        raise InputError("training on several processes is not supported yet; start one process")
+    is_first = jax.process_index() == 0
+    if is_first:
+        run.check_usable(config, resume=options.resume)
+        run.clear_beginning()
+    barrier("the run directory is checked")
     check_devices(config.train)
     experiment = recipe.build(config, run.path)
     teacher = None if experiment.teacher is None else experiment.teacher()
@@ -124,10 +176,11 @@ def _train(options: argparse.Namespace) -> int:
     model = (experiment.init, experiment.forward, experiment.objective)
     check_step(config.train, *model, next(batches), teacher=teacher)
     batches.set_state(start)
-    run.create(config, options.recipe)
-    experiment.save(run.path)
-    if experiment.summary is not None:
-        print(experiment.summary())
+    if is_first:
+        run.create(config, options.recipe, experiment.save)
+        if experiment.summary is not None:
+            print(experiment.summary())
+    barrier("the run directory is made")
 
     placement = make_placement(config.train, *model, rules=experiment.sharding_rules, teacher=teacher)
     term_gradient_norms = None
@@ -138,7 +191,6 @@ def _train(options: argparse.Namespace) -> int:
             )
         )
         term_gradient_norms = lambda state, batch: norms(state, batch, placement.teacher_params)  # noqa: E731
-    is_first = jax.process_index() == 0
     with (
         Interrupts() as interrupts,
         Checkpointer(
@@ -146,50 +198,39 @@ def _train(options: argparse.Namespace) -> int:
             keep_last=config.train.keep_last,
             keep_best=config.train.keep_best,
             best_metric=experiment.best_metric,
+            config_hash=run.config_hash(),
         ) as checkpointer,
         MetricLogger(run.path, total_steps=config.train.steps, enabled=is_first) as logger,
+        Watchdog(config.train.hang_seconds, run.path) as watchdog,
+        contextlib.closing(batches),
+        peers.left_on_error(),
     ):
-        try:
-            outcome = fit(
-                placement,
-                batches,
-                steps=config.train.steps,
-                key=jax.random.key(config.train.seed),
-                checkpointer=checkpointer,
-                logger=logger,
-                interrupts=interrupts,
-                log_every=config.train.log_every,
-                checkpoint_every=config.train.checkpoint_every,
-                schedule=make_schedule(config.train),
-                validate=experiment.validate,
-                term_gradient_norms=term_gradient_norms,
-            )
-        except NonFiniteLoss as error:
-            print(f"repkit: {error}", file=sys.stderr)
-            return 1
-        finally:
-            batches.close()
-    if outcome.interrupted:
-        kept = "saved, --resume continues" if outcome.step else "--resume begins"
-        print(f"repkit: {outcome.interrupted} at step {outcome.step}; {kept}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(f"trained to step {outcome.step}: {run.path}")
-    return 0
+        return fit(
+            placement,
+            batches,
+            steps=config.train.steps,
+            key=jax.random.key(config.train.seed),
+            checkpointer=checkpointer,
+            logger=logger,
+            interrupts=interrupts,
+            log_every=config.train.log_every,
+            checkpoint_every=config.train.checkpoint_every,
+            schedule=make_schedule(config.train),
+            validate=experiment.validate,
+            term_gradient_norms=term_gradient_norms,
+            non_finite=config.train.non_finite,
+            beat=watchdog.beat,
+        )
 
 
 def _plan(options: argparse.Namespace) -> int:
-    import contextlib
-    import dataclasses
     import json
-    import os
     import tempfile
 
-    from repkit.config import override, replace
     from repkit.plan.chips import has_tpu_compiler, topology
-    from repkit.recipe import load_recipe
 
     target = topology(options.topology)
-    # Before the first use of JAX: what is compiled for is not what this process runs on.
+    # Before JAX is imported: what is compiled for is not what this process runs on.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if target.shape is None or not has_tpu_compiler():
         flags = os.environ.get("XLA_FLAGS", "")
@@ -199,12 +240,14 @@ def _plan(options: argparse.Namespace) -> int:
             reason = 'the TPU compiler is not installed (pip install "repkit[tpu]" has it)'
             print(f"repkit: {reason}; simulated devices stand in", file=sys.stderr)
 
+    from repkit.config import override, replace
     from repkit.plan.step import describe, plan_recipe
+    from repkit.recipe import load_recipe
 
     recipe = load_recipe(options.recipe)
     config = override(recipe.Config(), options.settings)
     if config.train.placement == "pmap":
-        raise InputError("a plan is made for train.placement=jit")
+        raise InputError("a plan needs train.placement=jit")
     with tempfile.TemporaryDirectory() as directory:
         # A batch of a few rows shows what arrays there are; the step is traced for the configured number of rows.
         here = {"train.batch_size": 8, "train.accumulate": 1, "train.micro_batches": 1}
@@ -231,7 +274,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from repkit.evaluate.results import append_results, format_table
 
     run = _load(options)
-    results = run.experiment.evaluate(run.params)
+    results = [dataclasses.replace(result, step=run.step) for result in run.experiment.evaluate(run.params)]
     append_results(results, run.directory.path / "results.jsonl")
     print(f"{run.directory.path} at step {run.step}")
     print(format_table(results))
@@ -253,12 +296,20 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from repkit.doctor import report
+    import jax
 
+    from repkit.doctor import report
+    from repkit.train.processes import Peers, cluster_from, join
+
+    cluster = cluster_from(os.environ)
+    if cluster is not None:
+        join(cluster)
     healthy = True
-    for line, is_good in report():
-        healthy = healthy and is_good
-        print(line)
+    with Peers(cluster):
+        for line, is_good in report():
+            healthy = healthy and is_good
+            if jax.process_index() == 0 or not is_good:
+                print(line, flush=True)
     return 0 if healthy else 1
 
 

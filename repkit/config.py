@@ -15,6 +15,25 @@ from repkit.checks import InputError, unknown_name
 
 C = TypeVar("C")
 
+_FORMERLY = "formerly"
+
+
+def formerly(value: Any) -> dict[str, Any]:
+    """The metadata of a field that came later than runs which are still to be read.
+
+    Args:
+        value: what runs did that were made without the field; `from_json` puts it where the field is missing.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Config:
+        ...     steps: int = 100
+        ...     shuffle: bool = dataclasses.field(default=True, metadata=formerly(False))
+        >>> from_json(Config, {"steps": 50})
+        Config(steps=50, shuffle=False)
+    """
+    return {_FORMERLY: value}
+
 
 def flatten(config: Any) -> dict[str, Any]:
     """The leaves of a configuration by dotted name.
@@ -114,6 +133,9 @@ def from_json(kind: type[C], data: Mapping[str, Any], prefix: str = "") -> C:
             values[name] = from_json(hint, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             values[name] = _checked(value, hint, f"{prefix}{name}")
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if item.name not in values and _FORMERLY in item.metadata:
+            values[item.name] = item.metadata[_FORMERLY]
     missing = [f"{prefix}{name}" for name in hints if name not in values]
     if missing:
         # Today's defaults need not be those of the version that wrote the values.

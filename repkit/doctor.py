@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from repkit.losses import info_nce
 from repkit.numerics import normalize
 from repkit.objective import Objective, Term
 from repkit.train.mesh import make_mesh
+from repkit.train.processes import barrier, described_processes
 from repkit.train.state import init_state
 from repkit.train.step import jit_placement, make_update
 
@@ -40,10 +42,26 @@ def report() -> Iterator[tuple[str, bool]]:
     devices = jax.devices()
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     yield f"{len(devices)} device(s): {kinds}; {jax.process_count()} process(es)", True
+    if jax.process_count() > 1:
+        yield from _cluster()
     for device in jax.local_devices():
         yield _try_step_on([device], f"step on {device}")
     if len(devices) > 1:
         yield _try_step_on(devices, f"step on the mesh {dict(make_mesh().shape)}")
+
+
+def _cluster() -> Iterator[tuple[str, bool]]:
+    """What the processes are, and how long they take to wait for one another."""
+    lines = list(described_processes())
+    yield from ((f"  process {number}: {line}", True) for number, line in enumerate(lines))
+    versions = {line.partition("; ")[2] for line in lines}
+    if len(versions) > 1:
+        yield f"the processes have different versions: {' / '.join(sorted(versions))}", False
+    barrier("doctor", seconds=60)
+    began = time.perf_counter()
+    for _ in range(10):
+        barrier("doctor", seconds=60)
+    yield f"all processes wait for one another in {100 * (time.perf_counter() - began):.1f} ms", True
 
 
 def _version(package: str) -> str | None:
@@ -82,6 +100,9 @@ def _step_on(devices: Sequence[Any], label: str) -> tuple[str, bool]:
         lambda key: init_state(init, optimizer, objective, key=key),
         make_mesh(devices=devices),
     )
+    # Of a mesh of several processes, each feeds its share; of its own devices it feeds all.
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    rows = rows * len(here) // len(devices)
     inputs = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
     batch = placement.put_batch({"image": inputs, "text": inputs, "where": np.ones(rows, bool)})
     state = placement.init(jax.random.key(0))

@@ -75,7 +75,9 @@ class Term:
                 raise InputError(f"where and weights are taken from the batch, got the path '{path}'")
 
 
-RESERVED_NAMES = frozenset({"loss", "gradient_norm", "learning_rate", "step", "corrupt_examples"})
+RESERVED_NAMES = frozenset(
+    {"loss", "gradient_norm", "learning_rate", "step", "skipped", "skipped_steps", "corrupt_examples"}
+)
 """What a row of logged metrics holds beside the terms."""
 
 

@@ -1,5 +1,5 @@
-"""Figures of a run: loss curves, image-text similarities, retrieved and answered examples, both modalities in the plane,
-attention heads beside those of a teacher; and of a study: methods with their intervals.
+"""Figures of a run: loss curves, image-text similarities, retrieved and answered examples, both modalities in the
+plane, attention heads beside those of a teacher; and of a study: methods with their intervals.
 
 Every function writes one PNG and returns the figure. Figures are made without pyplot, so that neither a window nor
 matplotlib's global state is touched. Colours are those of Okabe and Ito and of Tol, which colour-blind people tell

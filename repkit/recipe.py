@@ -9,8 +9,10 @@ A recipe module has three names:
 """
 
 import functools
+import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +22,11 @@ from typing import Any, NamedTuple
 import repkit
 from repkit.checks import InputError
 from repkit.config import differences, from_json, to_json
+from repkit.lock import FolderLock
 from repkit.objective import Objective
 
 CONFIG_FILE = "config.json"
+_BEGINNING = ".beginning"
 
 
 class Experiment(NamedTuple):
@@ -123,7 +127,7 @@ class RunDirectory:
         if not _is_writable(parent):
             raise InputError(f"the run directory '{self.path}' cannot be written: no permission in '{parent}'")
         if not (self.path / CONFIG_FILE).exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and self._entries() and not self._is_beginning():
                 raise InputError(f"'{self.path}' holds other files and no run; choose another --run directory")
             return
         stored = self._config(type(config), self._stored())
@@ -136,15 +140,57 @@ class RunDirectory:
         if not resume and self.checkpoints.exists():
             raise InputError(f"'{self.path}' already holds this run; add --resume to continue it")
 
-    def create(self, config: Any, recipe: Path) -> None:
-        """Makes the folder and writes the configuration, if it is new."""
+    def create(self, config: Any, recipe: Path, save: Callable[[Path], None]) -> None:
+        """Makes the folder with the configuration and what `save` writes, if it is new.
+
+        A process that is killed meanwhile leaves a beginning that the next one clears: the configuration comes last.
+
+        Args:
+            config: the configuration.
+            recipe: the recipe file.
+            save: writes files into a folder.
+
+        Raises:
+            InputError: if another process has just made it a run of another configuration, or is making it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        target = self.path / CONFIG_FILE
-        if not target.exists():
+        with FolderLock(self.path):
+            if (self.path / CONFIG_FILE).exists():
+                return self.check_usable(config, resume=True)
+            self._clear_beginning()
+            beginning = self.path / _BEGINNING
+            beginning.mkdir()
+            save(beginning)
+            for entry in beginning.iterdir():
+                entry.rename(self.path / entry.name)
             stored = {"repkit": repkit.__version__, "recipe": str(recipe.resolve()), "config": to_json(config)}
-            partial = target.with_suffix(".partial")
-            partial.write_text(json.dumps(stored, indent=2) + "\n")
-            partial.replace(target)
+            (beginning / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n")
+            (beginning / CONFIG_FILE).rename(self.path / CONFIG_FILE)
+            beginning.rmdir()
+        return None
+
+    def clear_beginning(self) -> None:
+        """Removes what a process left that was killed while it made the folder.
+
+        Raises:
+            InputError: if it is still making it.
+        """
+        if self._is_beginning():
+            with FolderLock(self.path):
+                self._clear_beginning()
+
+    def _is_beginning(self) -> bool:
+        return (self.path / _BEGINNING).is_dir() and not (self.path / CONFIG_FILE).exists()
+
+    def _clear_beginning(self) -> None:
+        if self._is_beginning():
+            for entry in self._entries():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(self.path / _BEGINNING)
+
+    def _entries(self) -> list[Path]:
+        """What is in the folder, but for hidden files."""
+        return [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]
 
     def load(self, recipe: Path | None = None) -> tuple[ModuleType, Any]:
         """The recipe and the configuration of the run in this folder.
@@ -155,13 +201,22 @@ class RunDirectory:
         Raises:
             InputError: if the folder holds no run, or its recipe is not to be found.
         """
-        if not (self.path / CONFIG_FILE).exists():
-            raise InputError(f"no run in '{self.path}' (there is no {CONFIG_FILE}); `repkit train` makes one")
         stored = self._stored()
-        if recipe is None and not Path(stored["recipe"]).is_file():
-            raise InputError(f"the recipe of this run is no longer at '{stored['recipe']}'; name it with --recipe")
-        module = load_recipe(Path(stored["recipe"]) if recipe is None else recipe)
+        if recipe is None:
+            recipe = self._own_recipe(Path(stored["recipe"]))
+        module = load_recipe(recipe)
         return module, self._config(module.Config, stored)
+
+    def _own_recipe(self, recipe: Path) -> Path:
+        """The recipe that the folder names, unless it came with the folder: that may be somebody else's code."""
+        if not recipe.is_absolute() or recipe.resolve().is_relative_to(self.path.resolve()):
+            raise InputError(
+                f"'{self.path}' names '{recipe}' as its recipe, which is not where `repkit train` finds one; "
+                "read it, and name it with --recipe"
+            )
+        if not recipe.is_file():
+            raise InputError(f"the recipe of this run is no longer at '{recipe}'; name it with --recipe")
+        return recipe
 
     def _config(self, kind: type[Any], stored: dict[str, Any]) -> Any:
         try:
@@ -169,11 +224,23 @@ class RunDirectory:
         except InputError as error:
             raise InputError(f"'{self.path / CONFIG_FILE}' does not fit the recipe: {error}") from error
 
+    def config_hash(self) -> str:
+        """sha256 of the stored configuration, by which checkpoints are known to be this run's.
+
+        Raises:
+            InputError: if the folder holds no run.
+        """
+        return hashlib.sha256(json.dumps(self._stored()["config"], sort_keys=True).encode()).hexdigest()
+
     def _stored(self) -> dict[str, Any]:
+        if not (self.path / CONFIG_FILE).exists():
+            raise InputError(f"no run in '{self.path}' (there is no {CONFIG_FILE}); `repkit train` makes one")
         try:
             stored = json.loads((self.path / CONFIG_FILE).read_text())
+            if not isinstance(stored["recipe"], str) or not isinstance(stored["config"], dict):
+                raise TypeError("expected the path of a recipe, and settings")
             return {"recipe": stored["recipe"], "config": stored["config"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"'{self.path / CONFIG_FILE}' is not the configuration of a run: {error}") from error
 
 

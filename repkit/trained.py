@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from repkit.checks import require_choice
 from repkit.recipe import Experiment, RunDirectory
 from repkit.train.checkpoint import CheckpointReader
@@ -50,7 +52,25 @@ def load_run(
     train = dataclasses.replace(config.train, placement="jit", mesh=MeshConfig())
     # Nothing of a teacher is in the state, so that none is needed to read it.
     placement = make_placement(train, experiment.init, experiment.forward, experiment.objective)
-    checkpoints = CheckpointReader(directory.checkpoints, best_metric=experiment.best_metric)
+    checkpoints = CheckpointReader(
+        directory.checkpoints, best_metric=experiment.best_metric, config_hash=directory.config_hash()
+    )
     step = checkpoints.best_step() if checkpoint == "best" else None
     restored = checkpoints.restore(placement.abstract, step)
     return TrainedRun(directory, config, experiment, restored.state.evaluation_params, restored.step)
+
+
+def load_parameters(path: str | Path) -> dict[str, np.ndarray]:
+    """The parameters to evaluate of a run's newest good checkpoint, by path and on the host, without its recipe.
+
+    They are for `repkit.train.start.started_from`.
+
+    Args:
+        path: the run directory.
+
+    Raises:
+        InputError: there is no run, or no good checkpoint in it.
+    """
+    directory = RunDirectory(Path(path))
+    reader = CheckpointReader(directory.checkpoints, config_hash=directory.config_hash())
+    return reader.read("ema/", "params/").state

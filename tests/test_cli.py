@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from repkit.cli import main
+from repkit.lock import FolderLock
 from repkit.recipe import RunDirectory
 from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import make_placement
@@ -155,7 +156,7 @@ def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
     assert main(["evaluate", str(run)]) == 0
     assert "retrieval" in capsys.readouterr().out
     (result,) = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    assert result["task"] == "retrieval"
+    assert (result["task"], result["step"]) == ("retrieval", 4)
     assert 0 <= result["metrics"]["text_to_image/R@1"] <= 1
     assert main(["plot", str(run)]) == 0
     figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
@@ -307,9 +308,39 @@ def test_a_recipe_with_a_teacher_trains_and_goes_on_with_the_same_teacher_only(c
     first, *_, last = (row for row in read_metrics(run / "metrics.jsonl") if "error" in row)
     assert 0 < last["error"] < first["error"]
     assert last["error/gradient_norm"] > 0
+    # The newest checkpoint is damaged; and another process is at work here.
+    (run / "checkpoints" / "4" / "about" / "about.json").write_text("{}")
+    assert main([*arguments, "--resume"]) == 0
+    damage = r"repkit: warning: checkpoint .*/4 is damaged: about/about.json: .*; step 2 is taken instead\n"
+    assert re.search(damage, capsys.readouterr().err)
+    assert CheckpointReader(run / "checkpoints").read("params/", step=4).step == 4
+    with FolderLock(run / "checkpoints"):
+        assert main([*arguments, "--resume"]) == 2
+    assert "in use by process" in capsys.readouterr().err
     # The same settings, but what stands behind them has changed.
     recipe.write_text(
         TEACHER_RECIPE.replace('{"slope": np.asarray(config.slope', '{"slope": np.asarray(3 + config.slope')
     )
     assert main([*arguments, "--resume"]) == 2
     assert "cannot resume with another teacher" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_for_devices_that_are_not_here(capsys, tmp_path):
+    data = _from_jsonl(_pairs(tmp_path))
+    settings = ["--set", "loss=info_nce", "--set", "train.batch_size=32", "--set", "train.mesh.fsdp=2"]
+    settings += ["--set", "model.width=16", "--set", "model.depth=1", "--set", "model.heads=2"]
+    assert main(["plan", RECIPE, "--topology", "h100-8", *data, *settings]) == 0
+    output = capsys.readouterr().out
+    assert "h100-8: 8 devices, global batch 32, 4 rows each" in output
+    assert "an estimate from the chip's peak rates" in output
+    assert "collective-permute" in output
+    assert "rows fit" in output
+
+
+def test_a_plan_for_what_there_is_not_is_refused(capsys):
+    assert "did you mean 'v5e'" in _refusal(capsys, ["plan", RECIPE, "--topology", "v5x-8"])
+    assert "there is no slice 'v6e-7'" in _refusal(capsys, ["plan", RECIPE, "--topology", "v6e-7"])
+    assert "needs train.placement=jit" in _refusal(
+        capsys, ["plan", RECIPE, "--topology", "h100-8", "--set", "train.placement=pmap"]
+    )

@@ -8,6 +8,7 @@ import pytest
 
 from repkit.checks import InputError
 from repkit.config import differences, flatten, from_json, override, to_json
+from repkit.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,15 @@ def test_differences_name_what_changed():
         "train.steps: 100 -> 5",
     ]
     assert differences(Outer(), Outer()) == []
+
+
+def test_runs_from_before_a_setting_keep_what_they_did():
+    stored = to_json(TrainConfig()) | {"mesh": {"data": -1}}
+    for name in ("micro_batches", "non_finite", "hang_seconds"):
+        del stored[name]
+    config = from_json(TrainConfig, stored)
+    assert (config.micro_batches, config.non_finite, config.hang_seconds) == (1, "stop", None)
+    assert config.mesh == TrainConfig().mesh
+    del stored["steps"]
+    with pytest.raises(InputError, match="settings are missing: steps"):
+        from_json(TrainConfig, stored)

@@ -51,6 +51,14 @@ def test_the_code_of_the_page_on_data_gives_the_batches_that_its_table_names(tmp
     assert found == expected
 
 
+def test_the_code_of_the_page_on_reliability_starts_from_a_part_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in code_of("reliability.md"):
+        exec(code, names)
+    assert [names["params"]["tower"]["w"].tolist(), names["params"]["head"].tolist()] == [[1, 1, 1], [0, 0]]
+
+
 def test_the_rules_of_the_page_on_scaling_go_before_those_of_the_transformers():
     names: dict = {}
     for code in code_of("scaling.md"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from repkit.checks import InputError
+from repkit.checks import InputError, shown
 from repkit.data._listed import Content, Entry, ListedExamples, checked_path, place_in
 
 
@@ -70,6 +70,9 @@ def json_lines(
             ) from error
         except InputError as error:
             raise InputError(f"{place_in(path, number)}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            # Numbers of thousands of digits, and brackets in brackets in brackets.
+            raise InputError(f"{place_in(path, number)}: expected one JSON object a line: {error}") from error
         yield Entry(number, images, content)
 
 
@@ -86,14 +89,19 @@ def object_with(value: Any, keys: Mapping[str, str]) -> Mapping[str, Any]:
 
 def parsed_text(key: str, value: Any) -> str:
     """A text that is not empty; raises `InputError` for anything else."""
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"expected '{key}' to be a text, not empty, got {value!r}")
+    if not _is_text(value):
+        raise InputError(f"expected '{key}' to be a text, not empty, got {shown(value)}")
     return value
 
 
 def parsed_texts(key: str, value: Any) -> list[str]:
     """One text or a list of them, none of them empty; raises `InputError` for anything else."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise InputError(f"expected '{key}' to be a text or a list of texts, not empty, got {value!r}")
+    if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+        raise InputError(f"expected '{key}' to be a text or a list of texts, not empty, got {shown(value)}")
     return texts
+
+
+def _is_text(value: Any) -> bool:
+    """A text that is not empty and can be encoded: JSON may hold halves of characters."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)

@@ -5,13 +5,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from repkit.checks import InputError, require_choice
+from repkit.checks import InputError, require_choice, shown
 from repkit.data.images import CorruptExampleError, load_image
 
 Content = TypeVar("Content")
 
 MissingImages = Literal["refuse", "leave_out"]
 """What to do with examples whose images are not there."""
+
+
+MOST_IMAGE_BYTES = 256 * 2**20
+"""An encoded image that is larger is refused before it is read."""
 
 
 class Entry(NamedTuple, Generic[Content]):
@@ -60,7 +64,7 @@ class ListedExamples(Generic[Content]):
         there = {image for image in names if os.path.isfile(image_root / image)}
         if len(there) < len(names):
             entry, image = next((e, image) for e in self.entries for image in e.images if image not in there)
-            absent = f"{self._at(entry)}: cannot read image {image!r}: No such file"
+            absent = f"{self._at(entry)}: cannot read image {shown(image)}: No such file"
             self.entries = [entry for entry in self.entries if there.issuperset(entry.images)]
             if missing_images == "refuse" or not self.entries:
                 raise InputError(absent + (f" in {image_root}; {images_hint}" if images_hint else ""))
@@ -85,9 +89,16 @@ class ListedExamples(Generic[Content]):
 
     def _read(self, entry: Entry[Content], image: str) -> bytes:
         try:
+            size = (self._root / image).stat().st_size
+            if size > MOST_IMAGE_BYTES:
+                raise CorruptExampleError(
+                    f"{self._at(entry)}: image {shown(image)} has {size} bytes, more than {MOST_IMAGE_BYTES}"
+                )
             return (self._root / image).read_bytes()
         except OSError as error:
-            raise CorruptExampleError(f"{self._at(entry)}: cannot read image {image!r}: {error.strerror}") from error
+            raise CorruptExampleError(
+                f"{self._at(entry)}: cannot read image {shown(image)}: {error.strerror}"
+            ) from error
 
     def _at(self, entry: Entry[Content]) -> str:
         return place_in(self._path, entry.place)
@@ -111,13 +122,13 @@ def checked_path(image: Any, root: Path, *, image_root_given: bool = True) -> st
         image_root_given: whether somebody named the folder.
     """
     if not isinstance(image, str) or not image or "\0" in image:
-        raise InputError(f"expected 'image' to be a path, got {image!r}")
+        raise InputError(f"expected 'image' to be a path, got {shown(image)}")
     if os.path.isabs(image) and not image_root_given:
         raise InputError(
-            f"expected 'image' to be relative, got {image!r}; give image_root to allow absolute paths in it"
+            f"expected 'image' to be relative, got {shown(image)}; give image_root to allow absolute paths in it"
         )
     base = os.path.abspath(root)
     # Compared by name: a link inside the folder was put there by its owner and may lead to another disk.
     if os.path.commonpath([base, os.path.abspath(os.path.join(base, image))]) != base:
-        raise InputError(f"image {image!r} leads out of {root}")
+        raise InputError(f"image {shown(image)} leads out of {root}")
     return image

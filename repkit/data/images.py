@@ -16,6 +16,10 @@ MOST_PIXELS = 64 * 2**20
 """An image that claims more is refused before it is decoded: a few bytes can claim terabytes."""
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read. Pillow knows more, and starts another program for some of it."""
+
+
 class CorruptExampleError(ValueError):
     """One example of a data set cannot be used; the pipeline counts it and goes on."""
 
@@ -54,7 +58,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 def _from_bytes(encoded: bytes, image_size: int) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise CorruptExampleError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
@@ -64,7 +68,7 @@ def _from_bytes(encoded: bytes, image_size: int) -> Image.Image:
     except CorruptExampleError:
         raise
     except UnidentifiedImageError as error:
-        raise CorruptExampleError("not a readable image: its format is unknown") from error
+        raise CorruptExampleError(f"not a readable image: its format is none of {', '.join(FORMATS)}") from error
     # Damaged files make decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     except Exception as error:
         raise CorruptExampleError(f"not a readable image: {type(error).__name__}: {error}") from error

@@ -285,7 +285,7 @@ class Batches:
     """An iterator of host batches that can say where it stands and be put there again; made by `make_batches`,
     `make_sequence_batches` or `make_class_batches`.
 
-    `corrupt` counts the corrupt rows read since it was made.
+    `corrupt` counts the corrupt rows that this process has read.
     """
 
     corrupt: int
@@ -318,13 +318,20 @@ class Batches:
         self.close()
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch begins, and in what order; JSON-able, and equal on all processes.
+        """Where the next batch begins, and in what order; JSON-able.
 
         Returns:
             {"position": examples before the next batch, over all processes and epochs; "batch_size", "examples",
-            "seed", "shuffle": what the order depends on}.
+            "seed", "shuffle": what the order depends on; "corrupt", "rows_read", "corrupt_examples": what this process
+            has met so far. All but the last three are equal on all processes}.
         """
-        return {"position": self._next_batch * self._reader.batch_size, **self._reader.order_state()}
+        return {
+            "position": self._next_batch * self._reader.batch_size,
+            **self._reader.order_state(),
+            "corrupt": self.corrupt,
+            "rows_read": self._rows_read,
+            "corrupt_examples": sorted(self._corrupt_examples),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where `get_state` was called, be it with another number of processes or threads.
@@ -339,8 +346,15 @@ class Batches:
                 raise InputError(
                     f"cannot resume the data: it was saved with {name} {state.get(name)}, here it is {value}"
                 )
+        # Checkpoints from before what was corrupt was kept do without.
+        met = state.get("corrupt_examples", [])
+        counts = [state.get("position"), state.get("corrupt", 0), state.get("rows_read", 0)]
+        if not isinstance(met, list) or not all(type(number) is int and number >= 0 for number in [*counts, *met]):
+            raise InputError(f"cannot resume the data: expected a position and counts from 0, got {counts}")
         self.close()
-        self._next_batch = state["position"] // self._reader.batch_size
+        position, self.corrupt, self._rows_read = counts
+        self._next_batch = position // self._reader.batch_size
+        self._corrupt_examples = set(met)
 
     def close(self) -> None:
         """Ends the threads. A later `next` starts them anew."""

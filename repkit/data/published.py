@@ -20,11 +20,12 @@ import json
 import os
 import re
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from repkit.checks import InputError, unknown_name
+from repkit.checks import InputError, shown, unknown_name
 from repkit.data._jsonl import json_lines, object_with, parsed_text
 from repkit.data._listed import Entry, ListedExamples, MissingImages, checked_path, place_in
 from repkit.data.class_sources import LabelledText, ListedClassSource
@@ -35,6 +36,10 @@ from repkit.data.sources import ListedSource, Pair
 
 PathLike = str | os.PathLike[str]
 Value = TypeVar("Value")
+
+
+MOST_UNPACKED_BYTES = 4 * 2**30
+"""More than any of the files has; a small file can claim to hold far more."""
 
 
 class Published(NamedTuple):
@@ -141,7 +146,9 @@ def vqa_source(questions_path: PathLike, annotations_path: PathLike, *, image_ro
     annotations = _json_object(annotations_path, {"annotations": "[annotation, ...]"}, VQA)
     subset = questions["data_subtype"]
     if not isinstance(subset, str) or not re.fullmatch(r"\w+", subset):
-        raise InputError(f"{questions_path}: expected 'data_subtype' to be a name such as train2014, got {subset!r}")
+        raise InputError(
+            f"{questions_path}: expected 'data_subtype' to be a name such as train2014, got {shown(subset)}"
+        )
     answers = dict(_parsed_items(annotations_path, "annotations", annotations["annotations"], _parse_annotation))
 
     def parse_question(value: Any) -> tuple[tuple[str, ...], ListedTexts]:
@@ -192,7 +199,7 @@ def nlvr2_source(
         identifier = parsed_text("identifier", value["identifier"])
         stem, _, sentence = identifier.rpartition("-")
         if not stem or not sentence.isdecimal():
-            raise InputError(f"expected 'identifier' such as 'train-1-0-1', got {identifier!r}")
+            raise InputError(f"expected 'identifier' such as 'train-1-0-1', got {shown(identifier)}")
         names = [checked_path(f"{stem}-img{side}.png", root) for side in (0, 1)]
         if "directory" in value:
             nested = [checked_path(f"{value['directory']}/{name}", root) for name in names]
@@ -317,10 +324,10 @@ def cc3m_source(
     def parse(line: str) -> tuple[tuple[str, ...], Pair]:
         caption, _, image = line.partition("\t")
         if not caption.strip() or not image.strip() or "\t" in image:
-            raise InputError(f"expected a caption, a tab, and the URL or the path of an image, got {line[:80]!r}")
+            raise InputError(f"expected a caption, a tab, and the URL or the path of an image, got {shown(line)}")
         image = image.strip()
         if image_names is None and "://" in image:
-            raise InputError(f"expected the path of an image, got {image!r}; give image_names, from URL to path")
+            raise InputError(f"expected the path of an image, got {shown(image)}; give image_names, from URL to path")
         # Without a name it must be no file's path, whatever it says, so that the image counts as missing.
         name = image if image_names is None else image_names.get(image, urllib.parse.quote(image, safe=""))
         return (checked_path(name, root),), Pair([caption.strip()], None)
@@ -349,7 +356,7 @@ def _karpathy_source(path: PathLike, split: str, root: Path, published: Publishe
         image = checked_path(os.path.join(folder, parsed_text("filename", value["filename"])), root)
         sentences = value["sentences"]
         if not isinstance(sentences, list) or not sentences:
-            raise InputError(f"expected 'sentences' to be a list, not empty, got {sentences!r}")
+            raise InputError(f"expected 'sentences' to be a list, not empty, got {shown(sentences)}")
         captions = [parsed_text("raw", object_with(sentence, {"raw": "text"})["raw"]) for sentence in sentences]
         return parsed_text("split", value["split"]), ((image,), Pair(captions, None))
 
@@ -367,10 +374,10 @@ def _parse_annotation(value: Any) -> tuple[tuple[int, int], tuple[list[str], str
     value = object_with(value, {"question_id": "integer", "image_id": "integer", "answers": "[answer, ...]"})
     answers = value["answers"]
     if not isinstance(answers, list) or not answers:
-        raise InputError(f"expected 'answers' to be a list, not empty, got {answers!r}")
+        raise InputError(f"expected 'answers' to be a list, not empty, got {shown(answers)}")
     texts = [object_with(answer, {"answer": "text"})["answer"] for answer in answers]
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"expected every 'answer' to be a text, got {texts!r}")
+        raise InputError(f"expected every 'answer' to be a text, got {shown(texts)}")
     answer_type = value.get("answer_type")
     key = (_whole("question_id", value), _whole("image_id", value))
     return key, (texts, None if answer_type is None else parsed_text("answer_type", answer_type))
@@ -379,23 +386,28 @@ def _parse_annotation(value: Any) -> tuple[tuple[int, int], tuple[list[str], str
 def _whole(key: str, value: Mapping[str, Any]) -> int:
     number = value[key]
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise InputError(f"expected '{key}' to be an integer from 0, got {number!r}")
+        raise InputError(f"expected '{key}' to be an integer from 0, got {shown(number)}")
     return number
 
 
 def _label(name: Any, labels: Mapping[str, int]) -> int:
     if not isinstance(name, str) or name not in labels:
-        raise InputError(f"expected the label to be one of {', '.join(labels)}, got {name!r}")
+        raise InputError(f"expected the label to be one of {', '.join(labels)}, got {shown(name)}")
     return labels[name]
 
 
 def _read(path: PathLike, published: Published) -> bytes:
     try:
-        data = Path(path).read_bytes()
-        return gzip.decompress(data) if Path(path).suffix == ".gz" else data
+        if Path(path).suffix != ".gz":
+            return Path(path).read_bytes()
+        with gzip.open(path) as file:
+            data = file.read(MOST_UNPACKED_BYTES + 1)
+        if len(data) > MOST_UNPACKED_BYTES:
+            raise InputError(f"{path} holds more than {MOST_UNPACKED_BYTES} bytes when it is unpacked")
+        return data
     except FileNotFoundError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected {published.files}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -416,6 +428,8 @@ def _json_object(path: PathLike, keys: Mapping[str, str], published: Published) 
         raise InputError(f"{path}: expected UTF-8: {error.reason} at byte {error.start}") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a JSON object: {error}") from error
 
 
 def _entries(

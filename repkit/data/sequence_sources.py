@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from repkit.checks import InputError, unknown_name
+from repkit.checks import InputError, shown, unknown_name
 from repkit.data._jsonl import jsonl_examples, parsed_texts
 from repkit.data._listed import ListedExamples
 from repkit.data._tfds import TfdsSplit, decoded_text, decoded_texts
@@ -174,5 +174,5 @@ def jsonl_sequence_source(
 
 def _parse_texts(value: Mapping[str, Any]) -> ListedTexts:
     if not isinstance(value["source"], str):
-        raise InputError(f"expected 'source' to be a text, got {value['source']!r}")
+        raise InputError(f"expected 'source' to be a text, got {shown(value['source'])}")
     return ListedTexts(Texts(value["source"], parsed_texts("target", value["target"])), None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from repkit.checks import InputError, unknown_name
+from repkit.checks import InputError, shown, unknown_name
 from repkit.data._jsonl import jsonl_examples, parsed_texts
 from repkit.data._listed import ListedExamples, place_in
 from repkit.data._tfds import TfdsSplit, decoded_texts
@@ -213,5 +213,5 @@ def _parse_pair(value: Mapping[str, Any]) -> Pair:
     captions = parsed_texts("caption", value["caption"])
     label = value.get("label")
     if label is not None and (not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31):
-        raise InputError(f"expected 'label' to be an integer from 0, got {label!r}")
+        raise InputError(f"expected 'label' to be an integer from 0, got {shown(label)}")
     return Pair(captions, label)

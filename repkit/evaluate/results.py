@@ -19,16 +19,18 @@ class Result:
         task: "retrieval", "zero_shot", "linear_probe", "few_shot", "answers", "captions", "translations".
         metrics: name -> value; shares are in [0, 1]. `<name>_interval` is half the width of the 95 % interval of
             `<name>`.
+        step: the training step of the checkpoint; None where there is none, or it was not noted.
     """
 
     model: str
     data: str
     task: str
     metrics: dict[str, float]
+    step: int | None = None
 
 
 def append_results(results: Iterable[Result], path: str | Path) -> None:
-    """Adds one JSON line per result to a file, which is made if it is not there.
+    """Adds one JSON line per result to a file, which is made if it is not there; a last line that is cut off goes.
 
     Raises:
         ValueError: a metric is NaN or infinite, which JSON cannot hold; nothing is written.
@@ -36,8 +38,10 @@ def append_results(results: Iterable[Result], path: str | Path) -> None:
     lines = "".join(json.dumps(asdict(result), allow_nan=False) + "\n" for result in results)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
+    with path.open("ab") as file:
+        # What a process that was killed here left of a line would spoil the next one.
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(lines.encode())
 
 
 def read_results(path: str | Path) -> list[Result]:
@@ -52,11 +56,20 @@ def read_results(path: str | Path) -> list[Result]:
     results: dict[tuple[str, str, str], Result] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            result = Result(**json.loads(line))
-        except (TypeError, json.JSONDecodeError) as error:
+            result = _parsed(line)
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"results: {path} line {number} is not a result: {error}") from error
         results[result.model, result.data, result.task] = result
     return list(results.values())
+
+
+def _parsed(line: str) -> Result:
+    result = Result(**json.loads(line))
+    if not all(isinstance(name, str) for name in (result.model, result.data, result.task)):
+        raise TypeError("model, data and task must be texts")
+    if not isinstance(result.metrics, dict) or not all(isinstance(x, int | float) for x in result.metrics.values()):
+        raise TypeError("metrics must be numbers by name")
+    return result
 
 
 def format_table(results: Iterable[Result]) -> str:

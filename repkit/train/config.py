@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from repkit.checks import InputError
+from repkit.config import formerly
 from repkit.numerics import AxisName
 from repkit.objective import Objective
 from repkit.train.mesh import (
@@ -20,6 +21,7 @@ from repkit.train.mesh import (
     batch_sharding,
     batch_share,
 )
+from repkit.train.non_finite import NonFinitePolicy
 from repkit.train.state import TrainState, init_state
 from repkit.train.step import (
     PMAP_AXIS,
@@ -58,6 +60,10 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints, each of them after a validation.
         keep_last: newest checkpoints kept.
         keep_best: best checkpoints kept by the recipe's validation metric.
+        non_finite: what follows a step whose loss or gradient is not finite, see
+            `repkit.train.non_finite.NonFinitePolicy`. Its update is left out in any case.
+        hang_seconds: a run that makes no progress for so long is ended with its stacks, see
+            `repkit.train.watchdog.Watchdog`; a compilation or a validation must be faster. None for no watch.
 
     Raises:
         InputError: if a value is out of range.
@@ -71,7 +77,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     accumulate: int = 1
-    micro_batches: int = 1
+    micro_batches: int = field(default=1, metadata=formerly(1))
     ema_decay: float | None = None
     placement: Literal["jit", "pmap"] = "jit"
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -80,6 +86,8 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_last: int = 3
     keep_best: int = 1
+    non_finite: NonFinitePolicy = field(default="skip", metadata=formerly("stop"))
+    hang_seconds: float | None = field(default=3600.0, metadata=formerly(None))
 
     def __post_init__(self) -> None:
         for name in (
@@ -105,6 +113,8 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InputError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.hang_seconds is not None and self.hang_seconds <= 0:
+            raise InputError(f"train.hang_seconds must be positive, got {self.hang_seconds}")
         if self.learning_rate <= 0:
             raise InputError(f"train.learning_rate must be positive, got {self.learning_rate}")
         if self.log_term_gradients and (self.placement == "pmap" or self.accumulate > 1):

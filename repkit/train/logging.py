@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal.
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal; what is out of the ordinary: events.jsonl.
 
 A failure to write a log never ends the training: it is reported once, on the terminal, and the run goes on.
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from repkit.checks import InputError
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
 _TERMINAL = "the terminal"
 _SHOWN_ON_TERMINAL = 4
@@ -116,6 +117,7 @@ class MetricLogger:
         terminal: TextIO = stream or sys.stderr
         self._sinks[_TERMINAL] = (_Bar if terminal.isatty() else _Lines)(terminal, total_steps)
         self._sinks[METRICS_FILE] = _JsonLines(Path(directory) / METRICS_FILE)
+        self._sinks[EVENTS_FILE] = _EventLines(Path(directory) / EVENTS_FILE)
         if tensorboard:
             self._sinks["TensorBoard"] = _TensorBoard(Path(directory) / _TENSORBOARD_FOLDER)
 
@@ -146,6 +148,20 @@ class MetricLogger:
         """Prints a line on the terminal, above the progress bar if there is one."""
         self._each(lambda sink: sink.note(text))
 
+    def go_back(self) -> None:
+        """The run goes on from an earlier step: the next row removes those of its own step and of later ones."""
+        self._last_step = None
+
+    def event(self, text: str, details: Mapping[str, Any]) -> None:
+        """Tells of something out of the ordinary: a line on the terminal, and one of details in events.jsonl.
+
+        Args:
+            text: for the reader of the terminal.
+            details: JSON-able values by name.
+        """
+        self.note(text)
+        self._each(lambda sink: sink.event(details))
+
     def close(self) -> None:
         """Closes the files. Rows logged afterwards are dropped."""
         self._each(lambda sink: sink.close())
@@ -174,7 +190,7 @@ class MetricLogger:
 
 
 class _Sink(Protocol):
-    """One place that rows go to; notes go to the terminal alone."""
+    """One place that rows go to; notes go to the terminal alone, events to a file of their own."""
 
     def restart(self, step: int) -> None:
         """Forgets the rows from a step on."""
@@ -183,6 +199,8 @@ class _Sink(Protocol):
     def write(self, step: int, values: Mapping[str, float], pace: Pace) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def event(self, details: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -220,8 +238,29 @@ class _JsonLines:
 
     def note(self, text: str) -> None: ...
 
+    def event(self, details: Mapping[str, Any]) -> None: ...
+
     def close(self) -> None:
         self._file.close()
+
+
+class _EventLines:
+    """Made with the first event: most runs have none."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def restart(self, step: int) -> None: ...
+
+    def write(self, step: int, values: Mapping[str, float], pace: Pace) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def event(self, details: Mapping[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(details) + "\n")
+
+    def close(self) -> None: ...
 
 
 class _TensorBoard:
@@ -244,6 +283,8 @@ class _TensorBoard:
         self._guarded(lambda: self._write_values(step, values))
 
     def note(self, text: str) -> None: ...
+
+    def event(self, details: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None:
         if self._writer is not None:
@@ -299,6 +340,8 @@ class _Lines:
         self._stream.write(text + "\n")
         self._stream.flush()
 
+    def event(self, details: Mapping[str, Any]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -318,6 +361,8 @@ class _Bar:
 
     def note(self, text: str) -> None:
         self._bar.write(text, file=self._stream)
+
+    def event(self, details: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None:
         self._bar.close()
@@ -363,9 +408,9 @@ def _scalar(name: str, value: Any) -> float:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _summary(values: Mapping[str, float], pace: Pace) -> str:

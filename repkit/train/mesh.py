@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from repkit.checks import InputError, unknown_name
+from repkit.config import formerly
 
 BATCH_AXES = ("data", "fsdp")
 """Mesh axes over which the rows of a batch are split."""
@@ -42,8 +43,8 @@ class MeshConfig:
     """
 
     data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = field(default=1, metadata=formerly(1))
+    tensor: int = field(default=1, metadata=formerly(1))
 
     def make(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh of these devices, or of all; see `make_mesh`."""

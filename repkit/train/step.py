@@ -15,6 +15,7 @@ from repkit.numerics import AxisName
 from repkit.objective import Objective, Report
 from repkit.train.mesh import Rules, batch_devices, batch_sharding, batch_share, put_batch, state_shardings
 from repkit.train.micro_batches import every_nth, in_micro_batches
+from repkit.train.non_finite import SKIPPED, require_finite_update
 from repkit.train.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -87,7 +88,8 @@ def make_update(
 
     Returns:
         The update. Its metrics are scalars: `loss` (the weighted total), every term by its name, `gradient_norm`
-        before any clipping, and the diagnostics of the losses with a memory.
+        before any clipping, the diagnostics of the losses with a memory, and `skipped`: 1 where loss or gradient were
+        not finite, so that of the state only the step's number has changed.
     """
 
     forward = in_micro_batches(forward, micro_batches)
@@ -130,7 +132,11 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
         new_state = TrainState(state.step + 1, params, optimizer_state, report.memories, ema, state.key)
-        return new_state, _metrics(report, objective, state.step, optax.tree.norm(grads))
+        metrics = _metrics(report, objective, state.step, optax.tree.norm(grads))
+        new_state, skipped = require_finite_update(
+            state, new_state, metrics["loss"], metrics["gradient_norm"], axis_name
+        )
+        return new_state, {**metrics, SKIPPED: skipped}
 
     return update
 

@@ -392,12 +392,14 @@ def open_cache(directory: str | os.PathLike[str], *, teacher: str, data: str) ->
         if differences:
             raise InputError(f"teacher's cache '{directory}' cannot be used: {'; '.join(differences)}")
         examples, inputs = about["examples"], about["inputs"]
-        arrays = {path: _mapped(directory / array["file"], array) for path, array in about["arrays"].items()}
+        arrays = {
+            path: _mapped(directory / _plain_name(array["file"]), array) for path, array in about["arrays"].items()
+        }
         checksums = _mapped(directory / _INPUTS, {"shape": [examples, len(inputs)], "dtype": "uint32"})
         known = _mapped(directory / _KNOWN, {"shape": [examples], "dtype": "bool"})
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"teacher's cache '{directory}' is damaged ({error}); remove it and write it again") from error
     return TeacherCache(directory, about["teacher"], arrays, inputs, np.array(checksums), np.array(known))
 
@@ -460,6 +462,12 @@ def _checksums(batch: Batch, inputs: Sequence[str]) -> UInt32[np.ndarray, "b i"]
     return np.array([[zlib.crc32(field[row].data) for field in as_bytes] for row in range(rows)], np.uint32).reshape(
         rows, len(inputs)
     )
+
+
+def _plain_name(file: str) -> str:
+    if Path(file).name != file:
+        raise ValueError(f"'{file}' is no name of a file in it")
+    return file
 
 
 def _mapped(path: Path, about: Mapping[str, Any]) -> np.ndarray:

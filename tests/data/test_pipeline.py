@@ -295,6 +295,20 @@ def test_more_corrupt_examples_than_their_share_end_the_run(with_corrupt, batche
         list(batches_of(source, max_corrupt_share=0.0, repeat=False, shuffle=False))
 
 
+def test_what_was_corrupt_is_still_known_after_a_resumption(with_corrupt, batches_of):
+    source = with_corrupt(5, 11)
+    whole, first, second = (batches_of(source, max_corrupt_share=0.09) for _ in range(3))
+    take(whole, 12)
+    take(first, 5)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    assert first.corrupt > 0
+    take(second, 7)
+    assert second.corrupt == whole.corrupt
+    assert second.get_state() == whole.get_state()
+    # The same two examples, met again: none of them counts twice against the share.
+    take(second, 20)
+
+
 def test_padding_is_not_taken_for_the_example_whose_id_it_has(with_corrupt, batches_of):
     batches = batches_of(with_corrupt(0), max_corrupt_share=0.1, repeat=False, shuffle=False)
     rows = join(list(batches))

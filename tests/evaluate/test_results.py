@@ -21,6 +21,7 @@ def test_one_json_line_per_result(tmp_path):
         "data": "digit_scenes/test",
         "task": "retrieval",
         "metrics": {"text_to_image/R@1": 0.974},
+        "step": None,
     }
     assert read_results(path) == [RETRIEVAL, ZERO_SHOT]
 
@@ -52,6 +53,13 @@ def test_a_broken_line_is_named(tmp_path, line):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="no file"):
         read_results(tmp_path / "results.jsonl")
+
+
+def test_the_step_is_kept_and_older_lines_have_none(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"model": "m", "data": "d", "task": "old", "metrics": {}}\n{"model": "m", "da')
+    append_results([Result("m", "d", "t", {}, step=700)], path)
+    assert [result.step for result in read_results(path)] == [None, 700]
 
 
 def test_table_rows_of_a_task_stay_together_and_columns_align():

@@ -5,26 +5,26 @@ import json
 import pytest
 
 from experiments import compare_heads
+from experiments.head_study import TITLES, Study, phases, smoke, student_settings
 from experiments.study import Runs
 
 
 def test_all_runs_of_one_seed_come_before_those_of_the_next():
-    study = compare_heads.Study()
+    study = Study()
     settings = []
-    for pretrained, methods in ((True, study.methods), (False, study.without_pretraining)):
-        part = list(compare_heads.student_settings(study, pretrained=pretrained))
+    for part in phases(study):
         seeds = [each["seed"] for each in part]
         assert seeds == sorted(seeds)
-        assert {each["method"] for each in part} == set(methods)
         settings += part
     assert len({json.dumps(each) for each in settings}) == len(settings)
+    assert {each["method"] for each in settings} == set(TITLES)
 
 
 @pytest.mark.slow
 def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert compare_heads.main(["--smoke"]) == 0
-    study = compare_heads.smoke(compare_heads.Study())
+    study = smoke(Study())
     results = study.results
     tables = (results / "RESULTS.md").read_text()
     assert "one to one, KL" in tables
@@ -32,7 +32,7 @@ def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path
     assert (results / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (results / "heads_amad_kl.png").read_bytes().startswith(b"\x89PNG")
     runs = Runs(results / "runs.jsonl")
-    assert all(settings in runs for settings in compare_heads.student_settings(study, pretrained=True))
+    assert all(settings in runs for settings in student_settings(study, pretrained=True))
     lines = (results / "runs.jsonl").read_text()
 
     capsys.readouterr()

@@ -95,8 +95,8 @@ def _terms() -> dict[str, Term]:
         "mixed_head_attention": _term(losses.mixed_head_attention, *_MAPS, keywords={"mixer": "outputs.mixer"}),
         "attention_relation_distillation": _term(
             losses.attention_relation_distillation,
-            "states",
-            "teacher.states",
+            "query",
+            "teacher.query",
             keywords=_TOKENS,
             options={"relation_heads": 2},
         ),
@@ -150,20 +150,22 @@ _SHAPES = {
 def init(names: Iterable[str], key: jax.Array) -> dict[str, Any]:
     """Parameters by term."""
 
-    def one(key: jax.Array) -> dict[str, Any]:
-        sizes = [rows * columns for rows, columns in _SHAPES.values()]
-        # One draw for all of them compiles faster than many.
-        values = jnp.split(jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
+    names = tuple(names)
+    sizes = [rows * columns for rows, columns in _SHAPES.values()]
+    # One draw for all of them compiles faster than many.
+    drawn = jax.random.normal(key, (len(names), sum(sizes)), jnp.float32)
+
+    def one(values: jax.Array) -> dict[str, Any]:
         arrays = {
             name: value.reshape(shape) * shape[0] ** -0.5
-            for value, (name, shape) in zip(values, _SHAPES.items(), strict=True)
+            for value, (name, shape) in zip(jnp.split(values, np.cumsum(sizes)[:-1]), _SHAPES.items(), strict=True)
         }
         cells = LENGTH * LENGTH
         projection = losses.MapProjection(jnp.eye(cells) + 0.01, jnp.full(cells, 0.05))
         scalars = {"log_scale": jnp.asarray(1.0, jnp.float32), "bias": jnp.asarray(-2.0, jnp.float32)}
         return arrays | scalars | {"mixer": jnp.full((3, HEADS), 0.4), "projection": projection}
 
-    return {name: one(jax.random.fold_in(key, index)) for index, name in enumerate(names)}
+    return {name: one(values) for name, values in zip(names, drawn, strict=True)}
 
 
 def forward(params: dict[str, Any], batch: Mapping[str, Any], key: jax.Array | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from repkit.checks import InputError
-from repkit.train.checkpoint import Checkpointer, CheckpointReader
+from repkit.checks import InputError, RunWarning
+from repkit.train.checkpoint import Checkpointer, CheckpointReader, SaveFailedError
 
 
 class Memory(NamedTuple):
@@ -295,40 +296,159 @@ def test_another_run_s_checkpoints_are_not_overwritten(tmp_path: Path, step: int
 
 def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     save_steps(tmp_path, {1: None})
-    (tmp_path / "2.orbax-checkpoint-tmp-17" / "state").mkdir(parents=True)
-    (tmp_path / "todelete" / "0" / "state").mkdir(parents=True)
+    for leftover in ("2.orbax-checkpoint-tmp-17", "unfinished/2", "todelete/0"):
+        (tmp_path / leftover / "state").mkdir(parents=True)
     assert CheckpointReader(tmp_path).steps() == [1]
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.restore(LIKE)
         checkpoints.save(2, {"w": jnp.zeros(3)}, {})
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "1", "2"]
+
+
+def _data_file(step: Path) -> Path:
+    return max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def _change(path: Path, change: Any) -> str:
+    content = bytearray(path.read_bytes())
+    path.write_bytes(bytes(change(content)))
+    return path.name
+
+
+def _flip(content: bytearray) -> bytearray:
+    content[len(content) // 2] ^= 4
+    return content
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda step: (step / "about" / "about.json").unlink(),
-        lambda step: (step / "about" / "about.json").write_text('{"format": 1, "sta'),
-        lambda step: (step / "state" / "manifest.ocdbt").write_bytes(b""),
-        lambda step: [file.write_bytes(file.read_bytes()[:7]) for file in (step / "state").rglob("d/*")],
+        lambda step: (step / "about" / "about.json").unlink() or "about.json: is missing",
+        lambda step: _change(step / "about" / "about.json", lambda content: content[:20]),
+        lambda step: _change(step / "about" / "about.json", lambda content: content.replace(b"[3]", b"[4]")),
+        lambda step: _change(step / "state" / "manifest.ocdbt", lambda content: b""),
+        lambda step: _change(_data_file(step), lambda content: content[:7]) + ": has 7 bytes",
+        lambda step: _change(_data_file(step), _flip) + ": its sha256",
+        lambda step: _change(_data_file(step), lambda content: bytes(len(content))) + ": its sha256",
+        lambda step: _data_file(step).unlink() or ": is missing",
+        lambda step: (step / "manifest.json").unlink() or "manifest.json: is missing",
+        lambda step: _change(step / "manifest.json", _flip),
     ],
-    ids=["no about", "half an about", "empty manifest", "cut data"],
+    ids=[
+        *("no about", "half an about", "other about", "empty Orbax manifest", "cut data", "flipped bit", "zeros"),
+        *("no data", "no manifest", "other manifest"),
+    ],
 )
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Path, damage: Any) -> None:
     save_steps(tmp_path, {1: None, 2: None})
-    damage(tmp_path / "2")
+    named = damage(tmp_path / "2")
+    reader = CheckpointReader(tmp_path)
+    with pytest.raises(InputError, match=r"checkpoint .*/2 is damaged: ") as caught:
+        reader.restore(LIKE, step=2)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.warns(RunWarning) as warned:
+        restored = reader.restore(LIKE)
+    assert [str(warning.message) for warning in warned] == [f"{caught.value}; step 1 is taken instead"]
+    assert (restored.step, restored.state["w"][0]) == (1, 1)
+
+
+def test_a_run_goes_on_from_the_good_step_and_the_damaged_ones_go(tmp_path: Path) -> None:
+    save_steps(tmp_path, {10: None, 20: None, 30: None}, keep_last=3)
+    for step in (20, 30):
+        _change(_data_file(tmp_path / str(step)), _flip)
     with Checkpointer(tmp_path) as checkpoints:
-        with pytest.raises(InputError, match=r"2 is incomplete or damaged .*other steps there: 1$") as caught:
-            checkpoints.restore(LIKE)
-        assert "\n" not in str(caught.value)
-        assert checkpoints.restore(LIKE, step=1).state["w"][0] == 1
+        with pytest.warns(RunWarning) as warned:
+            assert checkpoints.restore(LIKE).step == 10
+        assert len(warned) == 2
+        checkpoints.save(15, {"w": jnp.full(3, 15.0)}, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [10, 15]
+
+
+def test_where_all_are_damaged_nothing_is_restored(tmp_path: Path) -> None:
+    save_steps(tmp_path, {1: None, 2: None})
+    names = [_change(_data_file(tmp_path / step), _flip) for step in "12"]
+    with pytest.raises(InputError, match=r"no checkpoint in .* is good") as caught:
+        CheckpointReader(tmp_path).restore(LIKE)
+    assert all(name in str(caught.value) for name in names)
+    assert CheckpointReader(tmp_path).steps() == [1, 2]
+
+
+def test_the_comparison_can_be_left_out(tmp_path: Path) -> None:
+    save_steps(tmp_path, {1: None})
+    (tmp_path / "1" / "manifest.json").unlink()
+    assert CheckpointReader(tmp_path, verify="nothing").restore(LIKE).state["w"][0] == 1
+    with pytest.raises(InputError, match="unknown verify 'off'"):
+        CheckpointReader(tmp_path, verify="off")  # type: ignore[arg-type]
+
+
+def test_the_manifest_says_what_wrote_it_and_the_configuration_must_be_that_one(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, config_hash="a" * 64) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(3)}, {})
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    assert (manifest["config"], manifest["jax"], manifest["step"]) == ("a" * 64, jax.__version__, 1)
+    files = {path.relative_to(tmp_path / "1").as_posix() for path in (tmp_path / "1").rglob("*") if path.is_file()}
+    assert manifest["files"].keys() == files - {"manifest.json"}
+    assert CheckpointReader(tmp_path).restore(LIKE).step == 1
+    with pytest.raises(InputError, match=r"another configuration \(aaaaaaaaaaaa…, here it is bbbbbbbbbbbb…\)"):
+        CheckpointReader(tmp_path, config_hash="b" * 64).restore(LIKE)
+
+
+def test_a_checkpoint_from_before_the_manifests_is_read(tmp_path: Path) -> None:
+    save_steps(tmp_path, {1: None})
+    (tmp_path / "1" / "manifest.json").unlink()
+    _change(tmp_path / "1" / "about" / "about.json", lambda content: content.replace(b'"format": 2', b'"format": 1'))
+    assert CheckpointReader(tmp_path).restore(LIKE).state["w"][0] == 1
+
+
+def test_a_part_is_read_by_its_path_whatever_the_rest_is(tmp_path: Path) -> None:
+    state = make_state(1)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {"example": 12})
+    reader = CheckpointReader(tmp_path)
+    step, params, position = reader.read("params/")
+    assert (step, position, sorted(params)) == (
+        3,
+        {"example": 12},
+        ["params/image/blocks/0/kernel", "params/text/bias"],
+    )
+    np.testing.assert_array_equal(params["params/image/blocks/0/kernel"], state.params["image"]["blocks"][0]["kernel"])
+    assert isinstance(params["params/text/bias"], np.ndarray)
+    assert params["params/text/bias"].dtype == jnp.bfloat16
+    host = reader.read("host/").state
+    assert_equal([host["host/keys"], host["host/python/3"]], [state.host["keys"], "warm"])
+    with pytest.raises(InputError, match=r"nothing under 'parms/'; there: ema, host, key, memory, optimizer, params"):
+        reader.read("parms/")
+
+
+def test_a_directory_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path), pytest.raises(InputError, match=rf"in use by process {os.getpid()} on "):
+        Checkpointer(tmp_path)
+    with Checkpointer(tmp_path):
+        pass
+
+
+def test_a_directory_that_was_removed_and_made_anew_is_not_written_into(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Checkpointer(run) as old:
+        old.save(1, {"w": jnp.ones(3)}, {})
+        old.wait()
+        shutil.rmtree(run)
+        with Checkpointer(run) as new:
+            (run / "unfinished" / "7").mkdir(parents=True)  # The new run is saving.
+            with pytest.raises(InputError, match="was removed or replaced"):
+                old.save(2, {"w": jnp.ones(3)}, {})
+            assert new.steps() == []
+            assert (run / "unfinished" / "7").exists()
 
 
 def test_a_format_of_another_version_is_named(tmp_path: Path) -> None:
     save_steps(tmp_path, {1: None})
     file = tmp_path / "1" / "about" / "about.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(InputError, match="has format 99, this version of repkit reads 1"):
+    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
+    (tmp_path / "1" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="has format 99, this version of repkit reads 1 and 2"):
         CheckpointReader(tmp_path).restore(LIKE)
 
 
@@ -386,9 +506,10 @@ def test_a_failed_write_comes_out_and_the_next_save_succeeds(tmp_path: Path) -> 
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        with files_of_at_most(1 << 16), pytest.raises(Exception, match=r"(?i)too large"):  # noqa: PT012
+        with files_of_at_most(1 << 16), pytest.raises(SaveFailedError, match=r"step 2 .*\(File too large\).* step 1"):  # noqa: PT012
             checkpoints.save(2, state, {})
             checkpoints.wait()
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "1"]
         assert checkpoints.steps() == [1]
         checkpoints.save(2, state, {})
         checkpoints.wait()

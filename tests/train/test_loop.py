@@ -1,6 +1,7 @@
 """The loop: what it logs and saves, an orderly stop, a resumed run, a loss that is no number."""
 
 import io
+import json
 import os
 import signal
 
@@ -29,7 +30,7 @@ class Stream:
 
     corrupt = 0
 
-    def __init__(self, *, signal_at: int | None = None, nan_at: int | None = None):
+    def __init__(self, *, signal_at: int | None = None, nan_at=()):
         self.position = 0
         self.signal_at = signal_at
         self.nan_at = nan_at
@@ -39,10 +40,12 @@ class Stream:
         if self.position == self.signal_at:
             os.kill(os.getpid(), signal.SIGTERM)
         y = rng.standard_normal(8).astype(np.float32)
-        if self.position == self.nan_at:
+        if self.position in self.nan_at:
             y[3] = np.nan
         self.position += 1
-        return {"x": rng.standard_normal((8, 3)).astype(np.float32), "y": y, "where": np.ones(8, bool)}
+        x = rng.standard_normal((8, 3)).astype(np.float32)
+        ids = 100 * (self.position - 1) + np.arange(8, dtype=np.int32)
+        return {"x": x, "y": y, "where": np.ones(8, bool), "example_id": ids}
 
     def get_state(self):
         return {"position": self.position}
@@ -51,7 +54,7 @@ class Stream:
         self.position = state["position"]
 
 
-def _run(folder, stream, *, steps=12, checkpoint_every=5, log_every=2, validate=None, pmap=False):
+def _run(folder, stream, *, steps=12, checkpoint_every=5, log_every=2, validate=None, pmap=False, non_finite="skip"):
     objective = Objective({"error": Term(_squared_error, ("outputs.y", "batch.y"))})
     optimizer = optax.adam(0.1)
 
@@ -88,6 +91,7 @@ def _run(folder, stream, *, steps=12, checkpoint_every=5, log_every=2, validate=
             checkpoint_every=checkpoint_every,
             schedule=lambda step: 0.1,
             validate=validate,
+            non_finite=non_finite,
         ), checkpointer.steps()
 
 
@@ -154,15 +158,60 @@ def test_a_failing_validation_loses_no_step(tmp_path):
         assert checkpointer.steps() == [5]
 
 
-def test_no_checkpoint_of_a_poisoned_state(tmp_path):
-    with pytest.raises(NonFiniteLoss, match=r"at step 10; the newest checkpoint is step 5"):
-        _run(tmp_path, Stream(nan_at=7), log_every=100)
+def test_the_policy_stop_names_the_step_and_leaves_the_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"step 8 is not finite \(error\).*700, 701.* newest checkpoint is step 5"):
+        _run(tmp_path, Stream(nan_at=[7]), log_every=100, non_finite="stop")
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
         assert checkpointer.steps() == [5]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_path):
-    with pytest.raises(NonFiniteLoss, match=r"the loss is nan and .* at step 8; the newest checkpoint is step 5"):
-        _run(tmp_path, Stream(nan_at=6))
+def _leaves(state):
+    return jax.tree.leaves((state.params, state.optimizer_state, state.ema))
+
+
+@pytest.mark.parametrize("pmap", [False, True], ids=["jit", "pmap"])
+def test_a_skipped_batch_changes_nothing_but_the_count(tmp_path, pmap):
+    # The bad row is in the second device's half of the batch.
+    before, _ = _run(tmp_path / "before", Stream(), steps=3, pmap=pmap)
+    outcome, _ = _run(tmp_path / "bad", Stream(nan_at=[3]), steps=4, pmap=pmap)
+    assert int(outcome.state.step) == outcome.step == 4
+    for x, y in zip(_leaves(before.state), _leaves(outcome.state), strict=True):
+        np.testing.assert_array_equal(x, y)
+    rows = read_metrics(tmp_path / "bad" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [0, 1]
+    (event,) = [json.loads(line) for line in (tmp_path / "bad" / "events.jsonl").read_text().splitlines()]
+    assert event == {"event": "non_finite", "step": 4, "terms": ["error"], "example_ids": list(range(300, 308))}
+    resumed, _ = _run(tmp_path / "bad", Stream(), steps=8, pmap=pmap)
+    assert all(np.isfinite(leaf).all() for leaf in _leaves(resumed.state))
+    assert read_metrics(tmp_path / "bad" / "metrics.jsonl")[-1]["skipped_steps"] == 1
+
+
+def test_skipping_ends_where_nothing_is_finite_any_more(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="step 16 is not finite"):
+        _run(tmp_path, Stream(nan_at=range(6, 100)), steps=40)
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        assert checkpointer.steps() == [5]
+        assert checkpointer.steps() == [15]
+
+
+def test_rolling_back_goes_on_from_the_checkpoint_with_the_next_batches(tmp_path):
+    outcome, _ = _run(tmp_path / "bad", Stream(nan_at=[7]), non_finite="roll_back")
+    assert outcome.step == 12
+    # Steps 1 to 5, back from step 8, whose batch was the bad one, and the batches after it.
+    expected = Stream()
+    batches = [next(expected) for _ in range(15)]
+
+    class Good(Stream):
+        def __next__(self):
+            self.position += 1
+            return (batches[:5] + batches[8:])[self.position - 1]
+
+    good, _ = _run(tmp_path / "good", Good())
+    for x, y in zip(_leaves(good.state), _leaves(outcome.state), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert [row["step"] for row in read_metrics(tmp_path / "bad" / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
+    assert len((tmp_path / "bad" / "events.jsonl").read_text().splitlines()) == 1
+
+
+def test_rolling_back_begins_anew_without_a_checkpoint_and_ends_some_day(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="the newest checkpoint is step 0"):
+        _run(tmp_path, Stream(nan_at=range(1, 100)), non_finite="roll_back")
