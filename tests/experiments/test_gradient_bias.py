@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.gradient_bias import scalar_problem
-from experiments.gradient_bias.__main__ import STUDY, main
+from experiments.gradient_bias.__main__ import STUDY
 from experiments.gradient_bias.real_input import RealInput
 from experiments.gradient_bias.scalar_problem import Lane, Training
 
@@ -45,9 +45,8 @@ def test_ours_goes_to_one_where_the_mini_batch_loss_does_not():
 
 
 @pytest.mark.slow
-def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["--smoke"]) == 0
+def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, study_command):
+    study_command("gradient_bias", "--smoke")
     results = tmp_path / "runs" / "gradient_bias" / "smoke" / "results"
     tables = (results / "RESULTS.md").read_text()
     for heading in ("The optimum at 1, 4 negatives", "What tames it", "Error of the mean gradient", "Digit scenes"):
@@ -57,6 +56,5 @@ def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path
     lines = (results / "runs.jsonl").read_text()
     assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
 
-    assert main(["--smoke", "--minutes", "0"]) == 0
+    assert "Not complete" not in study_command("gradient_bias", "--smoke", "--minutes", "0")
     assert (results / "runs.jsonl").read_text() == lines
-    assert "Not complete" not in capsys.readouterr().out

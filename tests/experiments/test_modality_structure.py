@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.modality_structure import known_world
-from experiments.modality_structure.__main__ import STUDY, main
+from experiments.modality_structure.__main__ import STUDY
 from experiments.modality_structure.known_world import World, informations, joint_distribution
 
 
@@ -48,9 +48,8 @@ def test_trained_features_pay_the_price_only_when_they_are_aligned():
 
 
 @pytest.mark.slow
-def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["--smoke"]) == 0
+def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, study_command):
+    study_command("modality_structure", "--smoke")
     results = tmp_path / "runs" / "modality_structure" / "smoke" / "results"
     tables = (results / "RESULTS.md").read_text()
     for heading in ("Excess cross-entropy in nats, second bit shared", "Retrieval", "geometry", "Fusion model"):
@@ -60,6 +59,5 @@ def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path
     lines = (results / "runs.jsonl").read_text()
     assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
 
-    assert main(["--smoke", "--minutes", "0"]) == 0
+    assert "Not complete" not in study_command("modality_structure", "--smoke", "--minutes", "0")
     assert (results / "runs.jsonl").read_text() == lines
-    assert "Not complete" not in capsys.readouterr().out
