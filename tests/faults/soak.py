@@ -430,7 +430,7 @@ def hang(folder: Path, trials: int) -> str:
     assert "no progress for 120 s in step 16, waiting for its batch" in (folder / "log").read_text()
     assert "__next__" in (folder / "run" / "stacks.txt").read_text()
     assert train(folder / "run", *settings)[0] == 0
-    return f"ended {seconds:.0f} s after it began to hang, at a limit of 120 s, with exit code {EXIT_HUNG} and stacks; resumed to the end"
+    return f"ended after {seconds:.0f} s at a limit of 120 s, with exit code {EXIT_HUNG} and stacks; resumed to the end"
 
 
 def _pair(run: Path, log: Path, *settings: str, **faults_of_second: Any) -> list[subprocess.Popen[bytes]]:
