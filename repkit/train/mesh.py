@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -159,7 +159,8 @@ def _check_fits(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
             raise InputError(f"the sharding {spec} splits {size} in '{name}' of shape {shape} over {parts} devices")
 
 
-class BatchShare(NamedTuple):
+@dataclass(frozen=True)
+class BatchShare:
     """Which rows of the global batch a process feeds: share `index` of `count` equal ones."""
 
     index: int

@@ -50,7 +50,8 @@ def gradient(axes: dict[str, int]) -> dict[str, np.ndarray]:
 
     state = placement.init(jax.random.key(1))
     before = whole(state.params)
-    rows = rows_of(every_loss.batch("uneven"), *batch_share(mesh))
+    share = batch_share(mesh)
+    rows = rows_of(every_loss.batch("uneven"), share.index, share.count)
     state, _ = placement.update(state, placement.put_batch(rows))
     after = whole(state.params)
     return {name: before[name] - after[name] for name in before}
