@@ -174,7 +174,8 @@ class Interval(NamedTuple):
     values: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} ± {self.half_width:.2g}"
+        """The mean with its interval; one value has none."""
+        return f"{self.mean:.3g}" if self.values == 1 else f"{self.mean:.3g} ± {self.half_width:.2g}"
 
     def percent(self) -> str:
         """A share as a percentage; one value has no interval.

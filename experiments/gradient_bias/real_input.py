@@ -98,12 +98,13 @@ class RealInput:
             yield f"## Digit scenes: {title}\n\n{markdown_table(header, means)}"
             differences = functools.partial(_differences, finished, metric)
             rows = [differences(each, [(size, size) for size in sizes]) for each in methods if each != BASELINE]
-            yield f"Minus InfoNCE, seed by seed, in points:\n\n{markdown_table(header, rows)}"
+            if any(cell for row in rows for cell in row[1:]):
+                yield f"Minus InfoNCE, seed by seed, in points:\n\n{markdown_table(header, rows)}"
             halves = [(size, 2 * size) for size in sizes if 2 * size in sizes]
-            if halves:
+            rows = [differences(each, halves) for each in OURS if each in methods]
+            if any(cell for row in rows for cell in row[1:]):
                 half_header = ["method", *(f"{size} minus InfoNCE at {twice}" for size, twice in halves)]
-                table = markdown_table(half_header, [differences(each, halves) for each in OURS if each in methods])
-                yield f"At half the batch, in points:\n\n{table}"
+                yield f"At half the batch, in points:\n\n{markdown_table(half_header, rows)}"
             yield from self._smallest_batches(finished, metric)
 
     def _smallest_batches(self, finished: Finished, metric: str) -> Iterator[str]:
