@@ -26,14 +26,13 @@ import numpy as np
 from experiments import recipe_runs
 from experiments.head_alignment import HEADS_FILE, MAIN_METRIC
 from experiments.head_study import (
-    LOOKED_AT,
     PRETRAINING_TASK,
     Study,
-    heads_of,
+    looked_at,
     phases,
     smoke,
     student_folder,
-    student_settings,
+    student_of,
     teacher_folder,
 )
 from experiments.head_tables import report
@@ -57,10 +56,9 @@ def run_all(study: Study, minutes: float) -> bool:
         left = (end - time.monotonic()) / 60
         if not run_missing(runs, students, make, workers=study.workers, minutes=left, tell=_tell):
             return False
-    for settings in student_settings(study, pretrained=True):
-        if settings["method"] in LOOKED_AT and settings["heads"] == study.heads[-1]:
-            runs.run(heads_of(settings), functools.partial(measure_heads, student_folder(study, settings)))
-    return True
+    left = (end - time.monotonic()) / 60
+    measure = functools.partial(measure_heads, study)
+    return run_missing(runs, list(looked_at(study)), measure, workers=study.workers, minutes=left)
 
 
 def _tell(run: Run) -> None:
@@ -97,7 +95,7 @@ def train_student(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
         return evaluate(folder)
 
 
-def measure_heads(folder: Path) -> dict[str, float]:
+def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]:
     """How the heads of a student resemble its teacher's, and those one another; means over matched layers.
 
     Returns:
@@ -106,7 +104,9 @@ def measure_heads(folder: Path) -> dict[str, float]:
         other heads, from which one-to-one distillation does not learn; `teacher`, the cosine of two different heads
         of the teacher.
     """
-    code = repkit_command(["plot", str(folder)])
+    folder = student_folder(study, student_of(settings))
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+        code = repkit_command(["plot", str(folder)])
     if code:
         raise SystemExit(code)
     cosines = json.loads((folder / "figures" / HEADS_FILE).read_text())

@@ -159,6 +159,19 @@ def student_folder(study: Study, settings: Mapping[str, Any]) -> Path:
     return study.work / "_".join(f"{name}-{value}" for name, value in settings.items()).replace(" ", "_")
 
 
+def looked_at(study: Study) -> Iterator[dict[str, Any]]:
+    """The largest students whose heads are compared with their teachers'."""
+    for settings in student_settings(study, pretrained=True):
+        if settings["method"] in LOOKED_AT and settings["heads"] == study.heads[-1]:
+            yield heads_of(settings)
+
+
 def heads_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of what is measured of a student's heads."""
     return {name: settings[name] for name in ("task", "heads", "method", "seed")} | {"measured": "heads"}
+
+
+def student_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The student whose heads were measured; its settings in the order of those of all students."""
+    names = ("task", "heads", "pretrained", "method", "seed")
+    return {name: {"pretrained": True, **settings}[name] for name in names}
