@@ -90,9 +90,13 @@ def train_student(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
     own += [f"distillation.cache={teacher / 'said'}", "targets=commonest"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The lines of several students at a time would be mixed up.
-    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+    with _log(folder).open("a") as log, contextlib.redirect_stdout(log):
         train(study, folder, [*own, *study.student])
         return evaluate(folder)
+
+
+def _log(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.log"  # a name may hold a dot
 
 
 def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -105,7 +109,7 @@ def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
         of the teacher.
     """
     folder = student_folder(study, student_of(settings))
-    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+    with _log(folder).open("a") as log, contextlib.redirect_stdout(log):
         code = repkit_command(["plot", str(folder)])
     if code:
         raise SystemExit(code)
