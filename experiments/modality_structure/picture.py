@@ -53,7 +53,7 @@ def draw(setup: Setup) -> None:
         return
     figure, row = figures.panels(len(files), width=3.8, height=3.9)
     for axes, (method, path) in zip(row, files.items(), strict=True):
-        with np.load(path) as features:
+        with np.load(path, allow_pickle=False) as features:
             drawings[method](axes, {name: features[name].astype(np.float32) for name in features.files})
         axes.set_aspect("equal", adjustable="datalim")
         axes.legend(fontsize=6.5, frameon=False)

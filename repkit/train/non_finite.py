@@ -77,6 +77,8 @@ def require_finite_update(
     def kept(before: Any, after: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(is_finite, y, x), before, after)
 
+    # The memory of a term that is gone goes with it.
+    old = replace(old, memories={name: old.memories[name] for name in new.memories})
     parts = ("params", "optimizer_state", "memories", "ema")
     state = replace(new, **{part: kept(getattr(old, part), getattr(new, part)) for part in parts})
     return state, 1.0 - is_finite.astype(jnp.float32)
