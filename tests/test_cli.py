@@ -132,6 +132,7 @@ def test_help_and_settings_are_printed(capsys):
     assert "train.steps = 7\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_doctor_finds_every_device_well(capsys):
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out

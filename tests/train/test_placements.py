@@ -109,6 +109,7 @@ def test_every_loss_has_one_gradient(way, devices):
     assert_equal(losses_and_gradients(WAYS[way], devices, names), names)
 
 
+@pytest.mark.slow
 def test_a_loss_with_a_memory_has_one_gradient():
     assert_equal(losses_and_gradients(WAYS["2 micro-batches, fsdp and tensor"], 8, FAST), FAST)
 

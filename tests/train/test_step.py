@@ -157,6 +157,7 @@ def test_same_gradient_of_the_two_tower_on_every_placement(placement):
     _assert_equal_gradients(_gradient_by(placement, model, rules=rules)[0], _gradient_by("1", model)[0])
 
 
+@pytest.mark.slow
 def test_a_linen_model_plugs_in(linen_model):
     model = Model(*linen_model(image_size=8, vocabulary_size=12))
     gradient, memories, metrics = _gradient_by("8", model)
@@ -194,6 +195,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch_with_an_uneven_mask(
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), whole[1], in_parts[1])
 
 
+@pytest.mark.slow
 def test_accumulation_of_pair_losses_passes_the_memory_on_and_agrees_over_placements():
     single = _gradient_by("1", LINEAR, accumulate=2)
     mesh = _gradient_by("8", LINEAR, accumulate=2)

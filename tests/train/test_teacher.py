@@ -166,6 +166,7 @@ def test_live_and_cached_teachers_give_one_gradient_on_every_placement(placement
     np.testing.assert_allclose(metrics["loss"], cached_metrics["loss"], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_teacher_runs_in_the_parts_of_an_accumulated_batch(expected, cache):
     live, _ = _gradient(_placement("1", FrozenTeacher(TEACHER, _teacher_params()), accumulate=4), _batch())
     _assert_close(live, expected, 1e-5)
