@@ -277,10 +277,12 @@ def _answers(split: str, directory: str | None) -> list[str]:
     return common_answers(scene_task_source("questions", split, directory), count=MOST_ANSWERS)
 
 
-def _classes(config: Config, split: str) -> ClassSource:
+def _classes(config: Config, split: str, *, shown: bool = False) -> ClassSource:
+    """Examples of a split, or as many as figures show; their classes are those of training either way."""
+    examples = _shown(config) if shown else config
     if config.stage == "questions":
-        return questions_as_classes(_sequences(config, split), _answers(_split(config, "train"), config.directory))
-    return scene_class_source(config.stage, _split(config, split), config.directory)
+        return questions_as_classes(_sequences(examples, split), _answers(_split(config, "train"), config.directory))
+    return scene_class_source(config.stage, _split(examples, split), config.directory)
 
 
 def _image_size(config: Config) -> int:
@@ -610,7 +612,7 @@ def _classified(config: Config, language: _Language, model: FusionModel) -> _Sta
         return {config.stage: evaluate_classes(classes, forms)}
 
     def figures(params: Any, folder: Path) -> list[Path]:
-        source = _classes(_shown(config), "test")
+        source = _classes(config, "test", shown=True)
         given = answers(logits(params, source), source)
         expected = {
             index: source[index].get("answers", [source.class_names[source[index]["label"]]]) for index in given

@@ -156,9 +156,9 @@ def test_pairs_of_ones_own_from_training_to_figures(capsys, tmp_path):
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row] == [2, 4]
     assert main(["evaluate", str(run)]) == 0
     assert "retrieval" in capsys.readouterr().out
-    (result,) = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    assert (result["task"], result["step"]) == ("retrieval", 4)
-    assert 0 <= result["metrics"]["text_to_image/R@1"] <= 1
+    results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert [(result["task"], result["step"]) for result in results] == [("retrieval", 4), ("geometry", 4)]
+    assert 0 <= results[0]["metrics"]["text_to_image/R@1"] <= 1
     assert main(["plot", str(run)]) == 0
     figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(figures) == 4

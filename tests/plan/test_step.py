@@ -48,8 +48,9 @@ def test_a_plan_of_simulated_devices(plan):
     assert plan.batch_bytes == 16 * (2 * 4 * 32 + 1)
     assert plan.memory_bytes >= plan.state_bytes + plan.batch_bytes
     assert plan.fits
-    # Two towers forward and the gradient of their matrices; four products of the pairs.
-    assert plan.flops == pytest.approx((2 * 2 * 2 * 64 * 32 * 512 + 4 * 2 * 64 * 64 * 512) / 4, rel=0.02)
+    # Two towers forward and the gradient of their matrices. Products of the pairs: one forward, three backward, and two
+    # that only logits out of the usual range need, since of a choice the dearest counts.
+    assert plan.flops == pytest.approx((2 * 2 * 2 * 64 * 32 * 512 + 6 * 2 * 64 * 64 * 512) / 4, rel=0.01)
     assert "collective-permute" in {exchange.operation for exchange in plan.exchanges}
     text = describe(plan, 1024)
     assert "an estimate from the chip's peak rates" in text
