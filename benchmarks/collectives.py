@@ -16,6 +16,8 @@ import subprocess
 import sys
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from repkit.simulation import simulated_devices
+
 Placement: TypeAlias = Literal["jit", "over_mesh"]
 
 DEVICES = 8
@@ -48,10 +50,8 @@ def collectives(program: str) -> list[Collective]:
 
 def in_subprocess(loss: str, placement: Placement, rows: int, width: int) -> dict[str, Any]:
     """What this module prints, from a process that has the devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = (sys.executable, "-m", "benchmarks.collectives", loss, placement, str(rows), str(width))
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | simulated_devices(DEVICES))
     if run.returncode:
         raise RuntimeError(run.stderr.strip())
     return json.loads(run.stdout)

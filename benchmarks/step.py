@@ -32,6 +32,7 @@ from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.models.two_tower import TwoTowerConfig, two_tower
 from repkit.objective import Objective, Term
 from repkit.plan.program import program_costs, traced_flops
+from repkit.simulation import simulated_devices
 from repkit.train.config import TrainConfig, make_optimizer, make_placement, trace_update
 from repkit.train.mesh import MeshConfig
 from repkit.train.step import make_update
@@ -191,11 +192,9 @@ def scaling(options: argparse.Namespace) -> Iterator[Row]:
 
 def _in_subprocess(options: argparse.Namespace) -> Iterator[Row]:
     """The same from a process that simulates the devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     command = [sys.executable, "-m", "benchmarks.step", "scaling", "--size", options.size, "--rows"]
     run = subprocess.run(
-        [*command, "--batch", str(options.batch)], stdout=subprocess.PIPE, text=True, env=environment, check=True
+        [*command, "--batch", str(options.batch)], stdout=subprocess.PIPE, text=True, env=os.environ | simulated_devices(8), check=True
     )
     yield from (json.loads(line) for line in run.stdout.splitlines())
 

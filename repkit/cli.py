@@ -228,14 +228,14 @@ def _plan(options: argparse.Namespace) -> int:
     import tempfile
 
     from repkit.plan.chips import has_tpu_compiler, topology
+    from repkit.simulation import simulated_devices
 
     target = topology(options.topology)
     # Before JAX is imported: what is compiled for is not what this process runs on.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if target.shape is None or not has_tpu_compiler():
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_force_host_platform_device_count" not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={target.devices}".strip()
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            os.environ.update(simulated_devices(target.devices))
         if target.shape is not None:
             reason = 'the TPU compiler is not installed (pip install "repkit[tpu]" has it)'
             print(f"repkit: {reason}; simulated devices stand in", file=sys.stderr)

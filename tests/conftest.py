@@ -2,9 +2,10 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from repkit.simulation import simulated_devices
+
 # The parity tests place one program on 8 devices; all other tests use the first of them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.update(simulated_devices(8))
 
 
 def pytest_collection_modifyitems(items):

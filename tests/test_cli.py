@@ -17,6 +17,7 @@ from PIL import Image
 from repkit.cli import main
 from repkit.lock import FolderLock
 from repkit.recipe import RunDirectory
+from repkit.simulation import simulated_devices
 from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import make_placement
 from repkit.train.logging import read_metrics
@@ -193,7 +194,7 @@ def _arrays(run: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["--set", "train.ema_decay=0.9", "--set", "model.dropout=0.1"]])
 def test_a_killed_run_resumes_to_the_very_same_parameters(tmp_path, extra):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | simulated_devices(2)
     settings = [
         *("--smoke", "--set", "train.steps=40", "--set", "train.log_every=1", "--set", "train.checkpoint_every=30"),
         *("--set", "regularizers=brownian_bridge", *extra),

@@ -28,8 +28,9 @@ ALLOWED = {
     "recipe": FOUNDATION | {"config", "lock", "objective", "__init__"},
     "doctor": FOUNDATION | {"losses", "objective", "train", "__init__"},
     "trained": FOUNDATION | {"recipe", "train"},
-    "plan": FOUNDATION | {"train"},
-    "cli": FOUNDATION | {"config", "recipe", "doctor", "plan", "train", "trained", "evaluate", "plots"},
+    "simulation": set(),
+    "plan": FOUNDATION | {"simulation", "train"},
+    "cli": FOUNDATION | {"config", "recipe", "doctor", "plan", "simulation", "train", "trained", "evaluate", "plots"},
     "__init__": set(),
 }
 # The packages that only these rooms or files may import.

@@ -18,6 +18,7 @@ from repkit.checks import InputError
 from repkit.numerics import tracing_for
 from repkit.plan.chips import Topology, has_tpu_compiler
 from repkit.plan.program import Exchange, device_bytes, program_costs, traced_flops
+from repkit.simulation import simulated_devices
 from repkit.train.config import TracedUpdate, TrainConfig, trace_update
 from repkit.train.mesh import batch_devices
 
@@ -184,7 +185,7 @@ def target_devices(topology: Topology) -> tuple[list[Any], Compiler]:
     if len(devices) < topology.devices:
         raise InputError(
             f"{topology.name} needs {topology.devices} simulated devices, and this process has {len(devices)}; "
-            f"start it with XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices} and JAX_PLATFORMS=cpu"
+            f"start it with {' '.join(f'{k}={v}' for k, v in simulated_devices(topology.devices, {}).items())}"
         )
     return devices[: topology.devices], "CPU"
 

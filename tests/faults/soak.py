@@ -36,6 +36,7 @@ from jax.sharding import PartitionSpec
 from repkit.checks import InputError, RunWarning, require_choice
 from repkit.cli import main as repkit_command
 from repkit.recipe import load_recipe
+from repkit.simulation import simulated_devices
 from repkit.train.checkpoint import Checkpointer, CheckpointReader, SaveFailedError
 from repkit.train.config import make_optimizer
 from repkit.train.interrupt import EXIT_INTERRUPTED
@@ -627,8 +628,7 @@ def write_table(results: Mapping[str, Mapping[str, Any]], page: Path) -> None:
 def in_own_process(name: str, trials: int, folder: Path) -> dict[str, Any]:
     """`measured`, in a process with as many devices as the row asks for."""
     folder.mkdir(parents=True)
-    flags = f"--xla_force_host_platform_device_count={ROWS[name].devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **simulated_devices(ROWS[name].devices), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.faults.soak", name, "--count", str(trials), "--inside", str(folder)]
     with (folder / "errors").open("w") as errors:
         done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, check=False)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from repkit.checks import InputError
+from repkit.simulation import simulated_devices
 from repkit.train.processes import Cluster, barrier, cluster_from, from_first, largest, on_this_process
 
 SCRIPT = Path(__file__).with_name("step_of_processes.py")
@@ -39,11 +40,7 @@ def _free_port() -> int:
     ids=["2, data", "4, data and fsdp", "4, tensor over two processes", "2, tensor over all"],
 )
 def test_processes_make_the_step_of_one(processes, axes, tmp_path):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | simulated_devices(8 // processes) | {"PYTHONPATH": str(ROOT)}
     output = tmp_path / "gradient.npz"
     common = (f"127.0.0.1:{_free_port()}", str(processes), json.dumps(axes), str(output))
     running = [
