@@ -148,7 +148,7 @@ def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, flo
             found = _select(runs, task, method, *column)
             if found:
                 mean, half_width, _ = interval([run.metrics[MAIN_METRIC[task]] for run in found])
-                rows.append((TITLES[method], mean, half_width))
+                rows.append((TITLES[method], 100 * mean, 100 * half_width))
         panel[_column_title(*column)] = rows
     return panel
 

@@ -613,7 +613,7 @@ def intervals(
     if not panels:
         raise InputError("intervals: expected at least one panel, got none")
     methods = [list(dict.fromkeys(name for rows in series.values() for name, *_ in rows)) for series in panels.values()]
-    figure = _figure(3.6 * len(panels) + 1.2, 0.32 * max(map(len, methods)) + 1.5)
+    figure = _figure(3.6 * len(panels) + 1.2, 0.32 * max(map(len, methods)) + 1.8)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, series), names in zip(axes, panels.items(), methods, strict=True):
         for index, ((name, rows), colour) in enumerate(zip(series.items(), _cycle(LINES, len(series)), strict=True)):
@@ -627,8 +627,9 @@ def intervals(
         axis.set_xlabel(label, fontsize=8, color=GREY)
         _style(axis)
         axis.tick_params(axis="y", labelsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    marks, names = axes[0].get_legend_handles_labels()
+    figure.legend(marks, names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return _save(figure, path)
 
 
