@@ -6,6 +6,8 @@ from repkit.simulation import simulated_devices
 
 # The parity tests place one program on 8 devices; all other tests use the first of them.
 os.environ.update(simulated_devices(8))
+# Most of the tests' time is compilation, and a third of that is LLVM's optimisation of small programs.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def pytest_collection_modifyitems(items):
