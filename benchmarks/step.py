@@ -194,7 +194,11 @@ def _in_subprocess(options: argparse.Namespace) -> Iterator[Row]:
     """The same from a process that simulates the devices."""
     command = [sys.executable, "-m", "benchmarks.step", "scaling", "--size", options.size, "--rows"]
     run = subprocess.run(
-        [*command, "--batch", str(options.batch)], stdout=subprocess.PIPE, text=True, env=os.environ | simulated_devices(8), check=True
+        [*command, "--batch", str(options.batch)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | simulated_devices(8),
+        check=True,
     )
     yield from (json.loads(line) for line in run.stdout.splitlines())
 

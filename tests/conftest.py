@@ -5,7 +5,7 @@ import os
 from repkit.simulation import simulated_devices
 
 # The parity tests place one program on 8 devices; all other tests use the first of them.
-os.environ.update(simulated_devices(8))
+os.environ.update(simulated_devices(8) | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")})
 # Most of the tests' time is compilation, and a third of that is LLVM's optimisation of small programs.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
