@@ -41,8 +41,8 @@ Row = dict[str, Any]
 
 SIZES = {
     "small": TwoTowerConfig(
-        image=VisionConfig(image_size=32, patch_size=4, width=64, depth=4, heads=4),
-        text=TextConfig(vocabulary_size=256, max_length=16, width=64, depth=4, heads=4),
+        image=VisionConfig(image_size=32, patch_size=4, width=64, depth=2, heads=4),
+        text=TextConfig(vocabulary_size=256, max_length=16, width=64, depth=2, heads=4),
         embed_dim=64,
     ),
     "clip_b_16": TwoTowerConfig(image=VIT_B_16, text=CLIP_TEXT_B, embed_dim=512),

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from repkit.simulation import simulated_devices
+
 ROOT = Path(__file__).parents[2]
 
 
 def rows_of(what: str, path: Path, *arguments: str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = (sys.executable, "-m", "benchmarks.step", what, "--output", str(path), *arguments)
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | simulated_devices(1))
     assert finished.returncode == 0, finished.stderr
     return [json.loads(line) for line in path.read_text().splitlines()]
 
