@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from experiments.recipe_runs import keep_programs
+from experiments.recipe_runs import compile_quickly, keep_programs
 from experiments.study import Run, Runs, Settings, run_missing
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,6 +109,7 @@ def _setup(study: Study, *, smoke: bool, changes: tuple[str, ...]) -> Setup:
     work = Path("runs") / study.name
     keep_programs(work / "programs")
     if smoke:
+        compile_quickly()
         work /= "smoke"
     if changes:
         work /= ",".join(changes).replace("/", "_")

@@ -9,6 +9,17 @@ import jax
 from repkit.cli import main as repkit_command
 from repkit.evaluate.results import Result, read_results
 
+SMALLEST_TWO_TOWER = (
+    "model.width=16",
+    "model.depth=1",
+    "model.heads=2",
+    "model.embed_dim=16",
+    "data.train=train[:512]",
+    "data.validation=validation[:256]",
+    "data.test=test[:256]",
+)
+"""Settings of that recipe for a smoke run."""
+
 
 def keep_programs(folder: Path) -> None:
     """Keeps compiled programs, unless the environment says where: runs that differ in their seed are one program."""
@@ -17,6 +28,13 @@ def keep_programs(folder: Path) -> None:
     kept = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(shortest))
     jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def compile_quickly() -> None:
+    """Leaves LLVM's expensive passes out: compiling is nearly all that tiny runs cost."""
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Workers read the environment, and so does this process when it compiles for the first time.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 
 def train(recipe: Path, folder: Path, settings: Iterable[str], *, smoke: bool = False) -> None:

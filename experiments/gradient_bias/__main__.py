@@ -19,6 +19,7 @@ from experiments.gradient_bias.mean_gradient import MeanGradient
 from experiments.gradient_bias.optimum import Optimum
 from experiments.gradient_bias.real_input import RealInput
 from experiments.parts import Study, study_command
+from experiments.recipe_runs import SMALLEST_TWO_TOWER
 
 STUDY = Study(
     name="gradient_bias",
@@ -44,7 +45,7 @@ STUDY = Study(
             batch_sizes=(16,),
             seeds=(0,),
             examples=64,
-            recipe_settings=("model.width=16", "model.depth=1", "model.heads=2", "model.embed_dim=16"),
+            recipe_settings=SMALLEST_TWO_TOWER,
         ),
     },
 )

@@ -20,6 +20,7 @@ from experiments.modality_structure.known_world import Training
 from experiments.modality_structure.price import Price
 from experiments.modality_structure.two_towers import TwoTowers
 from experiments.parts import Study, study_command
+from experiments.recipe_runs import SMALLEST_TWO_TOWER
 
 STUDY = Study(
     name="modality_structure",
@@ -31,10 +32,7 @@ STUDY = Study(
             methods=("separation",),
             seeds=(0,),
             recipe_settings=(
-                "model.width=16",
-                "model.depth=1",
-                "model.heads=2",
-                "model.embed_dim=16",
+                *SMALLEST_TWO_TOWER,
                 "train.batch_size=16",
                 "train.steps=4",
                 "train.warmup_steps=1",
