@@ -1,5 +1,6 @@
 # make demo   train, evaluate and draw the two-tower on handwritten-digit scenes
-# make test   lint, type check and the fast tests; `make test-slow` runs the slow ones
+# make test   lint, type check and the fast tests; `make test-slow` runs the slow ones, and `make test-matrix` one step of
+#             all losses on 1, 2 and 4 devices in every placement (the slow ones have 8)
 # make bench  time the losses beside their peers; BENCH='--targets' and other options of benchmarks.losses
 # make soak   measure what docs/reliability.md promises about faults, and write its table; SOAK='damage kills --count 20'
 # All make the virtual environment they need, and reuse it when called again.
@@ -18,7 +19,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000
 pytest  := $(bin)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo bench soak test test-fast test-slow lint format constraints clean
+.PHONY: demo bench soak test test-fast test-slow test-matrix lint format constraints clean
 
 demo: $(VENV)/.installed-all
 	$(bin)/repkit train experiments/two_tower.py --run $(RUN) --resume
@@ -34,10 +35,13 @@ soak: $(VENV)/.installed-dev
 test: lint test-fast
 
 test-fast: $(VENV)/.installed-dev
-	$(pytest) -m "not slow"
+	$(pytest) -m "not slow and not matrix"
 
 test-slow: $(VENV)/.installed-dev
 	$(pytest) -m slow
+
+test-matrix: $(VENV)/.installed-dev
+	$(pytest) -m matrix
 
 lint: $(VENV)/.installed-dev
 	$(bin)/ruff check

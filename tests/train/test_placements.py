@@ -98,8 +98,10 @@ def assert_equal(found: dict[str, Any], names: tuple[str, ...]) -> None:
             assert error < 1e-5, f"{name} with an {mask} mask: the gradient is off by {error:.1e}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "devices",
+    [*(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 2, 4)), pytest.param(8, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_loss_has_one_gradient(way, devices):
     needed = np.prod(list((WAYS[way].mesh or {}).values()))
