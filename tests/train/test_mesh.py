@@ -74,6 +74,8 @@ class _Device:
 
     id: int
     process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
 
 
 def _mesh_of_processes(axes, processes):
