@@ -345,12 +345,12 @@ def fusion(config: FusionConfig, *, negatives: DrawNegatives | None, capture: Ca
         ...     embed_dim=8, depth=1, begin_id=1, end_id=2, pad_id=0, mask_id=8,
         ... )
         >>> model = fusion(config, negatives=None)
-        >>> params = model.init(jax.random.key(0))
+        >>> params = jax.jit(model.init)(jax.random.key(0))
         >>> batch = {
         ...     "image": jnp.zeros((3, 8, 8, 3), jnp.uint8),
         ...     "token_ids": jnp.ones((3, 5), jnp.int32), "token_mask": jnp.ones((3, 5), bool),
         ... }
-        >>> outputs = model.forward(params, batch, jax.random.key(1))
+        >>> outputs = jax.jit(model.forward)(params, batch, jax.random.key(1))
         >>> outputs["matching"]["logits"].shape, outputs["masked"]["logits"].shape
         ((3, 1, 2), (3, 5, 9))
     """

@@ -230,13 +230,13 @@ def sequence_to_sequence(config: SequenceConfig, *, capture: Capture = NOTHING) 
         ...     encoder_depth=1, decoder_depth=1, heads=2, begin_id=1, end_id=2, pad_id=0,
         ... )
         >>> model = sequence_to_sequence(config, capture=Capture(maps=["decoder.blocks.*.cross_attention"]))
-        >>> params = model.init(jax.random.key(0))
+        >>> params = jax.jit(model.init)(jax.random.key(0))
         >>> batch = {
         ...     "image": jnp.zeros((3, 8, 8, 3), jnp.uint8),
         ...     "source_ids": jnp.ones((3, 5), jnp.int32), "source_mask": jnp.ones((3, 5), bool),
         ...     "target_ids": jnp.ones((3, 6), jnp.int32), "target_mask": jnp.ones((3, 6), bool),
         ... }
-        >>> outputs = model.forward(params, batch, None)
+        >>> outputs = jax.jit(model.forward)(params, batch, None)
         >>> outputs["logits"].shape, outputs["attention"]["decoder.blocks.0.cross_attention"].shape
         ((3, 6, 9), (3, 2, 6, 9))
         >>> model.generate(params, batch, beams=2).token_ids.shape

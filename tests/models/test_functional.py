@@ -208,15 +208,16 @@ def test_learned_parameters_ride_along(tiny_config, tiny_params, tiny_batch):
     model = two_tower(tiny_config)
     projection = jax.nn.initializers.normal(1.0)
     learning = with_learned(model, {"projection": lambda key: projection(key, (4, 5)), "mixer": lambda key: jnp.eye(2)})
-    params = jax.jit(learning.init)(jax.random.key(1))
+    init, forward = jax.jit(learning.init), jax.jit(learning.forward)
+    params = init(jax.random.key(1))
     assert_close({name: part for name, part in params.items() if name != "learned"}, tiny_params, atol=1e-6)
     images = {"image": tiny_batch["image"]}
-    outputs = learning.forward(params, images, None)
+    outputs = forward(params, images, None)
     assert_close(outputs.pop("learned"), params["learned"])
-    assert_close(outputs, model.forward(tiny_params, images, None), atol=1e-5)
-    other = learning.init(jax.random.key(2))["learned"]["projection"]
+    assert_close(outputs, jax.jit(model.forward)(tiny_params, images, None), atol=1e-5)
+    other = init(jax.random.key(2))["learned"]["projection"]
     assert np.abs(params["learned"]["projection"] - other).max() > 0.1
-    gradient = jax.grad(lambda params: (learning.forward(params, images, None)["learned"]["mixer"] ** 2).sum())(params)
+    gradient = jax.grad(lambda params: (forward(params, images, None)["learned"]["mixer"] ** 2).sum())(params)
     np.testing.assert_array_equal(gradient["learned"]["mixer"], 2 * np.eye(2))
 
 

@@ -137,7 +137,9 @@ def on_one_device():
     return _gradient_by("1", LINEAR)
 
 
-@pytest.mark.parametrize("placement", ["8", "pmap", "data and tensor"])
+@pytest.mark.parametrize(
+    "placement", ["8", *(pytest.param(other, marks=pytest.mark.slow) for other in ("pmap", "data and tensor"))]
+)
 def test_same_gradient_on_every_placement(placement, on_one_device):
     rules = [("params/image", P(None, "tensor")), ("params/text", P("tensor"))]
     gradient, memories, metrics = _gradient_by(placement, LINEAR, rules=rules)
