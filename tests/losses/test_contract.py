@@ -703,13 +703,14 @@ CASES = {
 # the loss can.
 LOSSES = {case.loss.__name__: case for case in reversed(CASES.values())}
 
-# Their placements over devices go the way of `info_nce` through the engine, and of `gamma_contrastive` with a memory.
-SAME_ENGINE = ("in_modal_info_nce", "decoupled_contrastive", "global_contrastive", "feature_separation")
+# One loss of each way over devices: around the ring, with a memory, by sums of matrices, and row by row. The placements
+# of all others are slow tests.
+EACH_WAY = ("info_nce", "gamma_contrastive", "geometric_consistency", "attention_map_alignment")
 # The first case of each loss, and those whose form makes their placements over devices another program.
 PLACED = [
-    pytest.param(name, marks=pytest.mark.slow)
-    if name in SAME_ENGINE or case is not LOSSES[case.loss.__name__]
-    else name
+    name
+    if case.loss.__name__ in EACH_WAY and case is LOSSES[case.loss.__name__]
+    else pytest.param(name, marks=pytest.mark.slow)
     for name, case in CASES.items()
     if "form" in case.options() or case is LOSSES[case.loss.__name__]
 ]
