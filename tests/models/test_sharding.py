@@ -59,7 +59,7 @@ def test_a_device_sends_parameters_and_no_activations(axes):
 
 
 @pytest.mark.slow
-def test_a_tensor_axis_sums_once_for_attention_and_once_for_the_mlp():
+def test_a_tensor_axis_sums_activations_six_times_a_layer():
     found, _ = exchanges(data=1, tensor=4)
     tokens = 4 * ROWS * WIDTH * np.array([TOKENS, TOKENS, 16])  # of the layers of both towers
     activations = sum(each.bytes * each.times for each in found if each.bytes >= tokens.min())
