@@ -29,6 +29,8 @@ demo: $(VENV)/.installed-all
 bench: $(VENV)/.installed-all
 	$(bin)/python -m benchmarks.losses --output runs/benchmarks.jsonl $(BENCH)
 
+# Huge pages would count the memory of the small process that is watched in steps of half a percent.
+soak: export GLIBC_TUNABLES :=
 soak: $(VENV)/.installed-dev
 	$(bin)/python -m tests.faults.soak $(SOAK) --docs docs/reliability.md
 

@@ -127,8 +127,10 @@ def _train(options: argparse.Namespace) -> int:
     from repkit.train.checkpoint import SaveFailedError
     from repkit.train.interrupt import EXIT_INTERRUPTED
     from repkit.train.loop import NonFiniteLoss
+    from repkit.train.memory import share_one_heap
     from repkit.train.processes import Peers, cluster_from, join
 
+    share_one_heap()
     cluster = cluster_from(os.environ)
     if cluster is not None:
         join(cluster)

@@ -34,6 +34,7 @@ import repkit
 from repkit.checks import InputError, RunWarning, require_choice, unknown_name
 from repkit.lock import FolderLock
 from repkit.train.manifest import MANIFEST_FILE, Damage, check_files, folder_to_disk, read_manifest, write_manifest
+from repkit.train.memory import return_freed_memory
 from repkit.train.processes import barrier, from_first
 
 _FORMAT = 2
@@ -519,6 +520,7 @@ class Checkpointer(CheckpointReader):
             keep = self._steps_to_keep()
             self._delete([other for other in self.steps() if other not in keep])
             self._sweep()
+        return_freed_memory()
 
     def _publish(self, step: int, about: Mapping[str, Any]) -> None:
         staging, final = self.directory / _UNFINISHED / str(step), self.directory / str(step)
