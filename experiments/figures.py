@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY)
-MARKERS = "os^Dvx"
 PALE_BLUE = "#88CCEE"
+COLOURS = (VERMILION, ORANGE, GREEN, BLUE, PURPLE, GREY, PALE_BLUE, INK)
+MARKERS = "os^Dvx*P"
 
 
 class Line(NamedTuple):

@@ -4,10 +4,13 @@ import os
 
 from repkit.simulation import simulated_devices
 
-# The parity tests place one program on 8 devices; all other tests use the first of them.
+# Set before JAX is imported, below. The parity tests place one program on 8 devices; all other tests use the first.
 os.environ.update(simulated_devices(8) | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")})
+
+from experiments.recipe_runs import compile_quickly
+
 # Most of the tests' time is compilation, and a third of that is LLVM's optimisation of small programs.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+compile_quickly()
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,6 @@ METRICS = {
     "noise": "Error expected from the noise alone",
     "deviation": "Deviation of a single batch's gradient",
 }
-DRAWN = ("error", "deviation")
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,12 @@ class MeanGradient:
                 yield f"## {title}\n\nRelative to the norm of the gradient of all pairs.\n\n{table}"
 
     def draw(self, finished: Finished, setup: Setup) -> None:
-        """Error and deviation by number of negatives."""
+        """Error, what of it is noise, and deviation by number of negatives."""
         if not finished():
             return
-        figure, row = figures.panels(len(DRAWN))
-        for axes, metric in zip(row, DRAWN, strict=True):
+        figure, row = figures.panels(len(METRICS))
+        row[1].sharey(row[0])
+        for axes, metric in zip(row, METRICS, strict=True):
             series = {
                 TITLES[estimator]: figures.Line(list(of), [interval(each) for each in of.values()])
                 for estimator, of in self._values(finished, metric).items()
@@ -73,7 +73,7 @@ class MeanGradient:
             figures.ticks(axes, self.negatives)
             axes.set_yscale("log")
             figures.finish(axes, title=METRICS[metric], x="negatives in a batch", y="relative to the full gradient")
-        row[0].legend(fontsize=6, frameon=False)
+        row[-1].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
         figures.save(figure, setup.results / "mean_gradient.png")
 
     def _values(self, finished: Finished, metric: str) -> dict[Estimator, dict[int, list[float]]]:

@@ -14,8 +14,8 @@ _no_glibc = contextlib.suppress(AttributeError, OSError, TypeError)
 def share_one_heap() -> None:
     """Lets all threads of this process allocate from one heap.
 
-    Each save of a checkpoint runs in new threads. Glibc hands them one of up to eight heaps a processor, and what a save
-    leaves in each of them adds up. Threads that have a heap of their own already keep it. An environment that sets
+    Each save of a checkpoint runs in new threads. Glibc hands them one of up to eight heaps a processor, and what is
+    left in each of them adds up. Threads that have a heap of their own already keep it. An environment that sets
     MALLOC_ARENA_MAX, or `glibc.malloc.arena_max` in GLIBC_TUNABLES, has decided otherwise.
     """
     if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
