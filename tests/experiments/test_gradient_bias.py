@@ -5,8 +5,9 @@ import pytest
 
 from experiments.gradient_bias import scalar_problem
 from experiments.gradient_bias.__main__ import STUDY
-from experiments.gradient_bias.real_input import RealInput
+from experiments.gradient_bias.real_input import METRICS, RealInput
 from experiments.gradient_bias.scalar_problem import Lane, Training
+from experiments.study import Run
 
 
 def test_batches_of_all_sizes_see_the_same_examples():
@@ -19,6 +20,32 @@ def test_batches_of_all_sizes_see_the_same_examples():
     assert seen == {part.examples}
     rates = {size: float(config["train.learning_rate"]) for size, config in configs.items()}
     assert rates[512] == pytest.approx(2 * rates[128])
+
+
+def test_the_smallest_batch_that_reaches_the_largest_of_the_baseline_is_told_in_the_mean_and_by_the_interval():
+    part = RealInput(
+        methods=("info_nce", "gamma_sampled", "gamma_expected"), batch_sizes=(16, 64, 512), seeds=(0, 1, 2)
+    )
+    means = {
+        ("info_nce", 512): 0.8,
+        ("gamma_sampled", 16): 0.5,
+        ("gamma_sampled", 64): 0.775,  # 0.005 below, by less than its interval
+        ("gamma_sampled", 512): 0.81,
+    }
+
+    def finished(**chosen):
+        runs = []
+        for each in part.all_settings():
+            value = means.get((each["method"], each["batch_size"]), 0.1)
+            value += 0.02 * each["seed"] if each["method"] != "info_nce" else 0.0
+            if all(each[name] == chosen[name] for name in chosen):
+                runs.append(Run(each, dict.fromkeys(METRICS, value - 0.02)))
+        return runs
+
+    text = "\n".join(part.tables(finished))
+    assert "gamma, sampled reaches InfoNCE at 512: in the mean 512; not to be told from it or better" in text
+    assert "(upper end of the paired interval at or above 0) 64." in text
+    assert "gamma, expected reaches InfoNCE at 512: in the mean none of these" in text
 
 
 def test_the_positive_score_of_bounded_negatives_puts_the_minimum_at_one():
