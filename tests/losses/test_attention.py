@@ -251,7 +251,7 @@ def test_groups_are_split_over_devices(variant):
 
 
 @pytest.mark.parametrize("variant", ["mse", "kl"])
-@pytest.mark.parametrize("relative_residual", [1e-4, 1e-10])
+@pytest.mark.parametrize("relative_residual", [pytest.param(1e-4, marks=pytest.mark.slow), 1e-10])
 def test_a_nearly_perfect_mixture_keeps_its_digits(variant, relative_residual):
     """`|R|^2 / |T|^2`, against the float64 formula on the same float32 maps."""
     rng = np.random.default_rng(0)
@@ -271,7 +271,7 @@ def test_a_nearly_perfect_mixture_keeps_its_digits(variant, relative_residual):
 
 
 @pytest.mark.parametrize("form", [losses.Blocks(), losses.Blocks(size=24)])
-@pytest.mark.parametrize("relative_residual", [1e-8, 1e-10])
+@pytest.mark.parametrize("relative_residual", [pytest.param(1e-8, marks=pytest.mark.slow), 1e-10])
 def test_squared_distances_near_zero_are_exact(relative_residual, form):
     """Each teacher head approaches a student head; a masked example, whose loss is 0, changes nothing."""
     rng = np.random.default_rng(2)

@@ -717,6 +717,14 @@ PLACED = [
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
+# The first case of each loss among the fast tests, its others among the slow ones.
+every_case_the_first_fast = pytest.mark.parametrize(
+    "name",
+    [
+        name if case is LOSSES[case.loss.__name__] else pytest.param(name, marks=pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -951,7 +959,7 @@ def test_masked_rows_do_not_matter_even_if_they_hold_nan(name):
         assert np.any(gradient[array][where]) == (array not in case.constants)
 
 
-@every_case
+@every_case_the_first_fast
 @pytest.mark.usefixtures("float64")
 def test_masking_is_removing(name):
     case, where, weights = CASES[name], make_mask(), make_weights()

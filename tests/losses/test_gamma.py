@@ -74,7 +74,14 @@ def expected_gradient(pair):
     return jax.grad(lambda pair: loss_of(pair, draw="expected"))(pair)
 
 
-@pytest.mark.parametrize(("positive", "shape"), [("expected", 1.0), ("sampled", 1.0), ("sampled", 0.5)])
+@pytest.mark.parametrize(
+    ("positive", "shape"),
+    [
+        pytest.param("expected", 1.0, marks=pytest.mark.slow),
+        ("sampled", 1.0),
+        pytest.param("sampled", 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_the_mean_of_the_sampled_gradient_is_the_exact_one(positive, shape):
     """Over 2000 keys, within 5 standard errors in every component."""
     pair = make_pairs()
@@ -96,6 +103,7 @@ def test_the_positive_in_expectation_is_less_noisy():
     assert noise["sampled"] > 3**2 * noise["expected"]
 
 
+@pytest.mark.slow
 def test_few_negatives_give_the_gradient_over_all_pairs():
     """With the whole data set's S in the memory, the mean over mini-batches of 4 is the gradient over 16 pairs."""
     n, size = 16, 4

@@ -83,9 +83,9 @@ def value_and_gradient(arrays, *, slopes=None, where=None, weights=None, **optio
     return quickly(jax.value_and_grad(loss, argnums))(arrays, weights, jnp.float64(0.25), jnp.float64(0.5))
 
 
-@pytest.mark.parametrize("slopes", [None, "alike", "unlike"])
+@pytest.mark.parametrize("slopes", [None, pytest.param("alike", marks=pytest.mark.slow), "unlike"])
 @pytest.mark.parametrize(("count", "equal"), [(2, True), (4, False)])
-@pytest.mark.parametrize("size", [10, 9])
+@pytest.mark.parametrize("size", [pytest.param(10, marks=pytest.mark.slow), 9])
 def test_blocks_agree_with_the_plain_form(slopes, count, equal, size):
     with jax.enable_x64(True):
         rng, arrays = np.random.default_rng(1), [embeds(seed, 40) for seed in range(count)]
@@ -166,7 +166,7 @@ def noisy(kind: str, noise: float, rows: int, dim: int = 64):
 
 
 @pytest.mark.parametrize("weights", [BOTH, CROSS, WITHIN], ids=["both", "cross", "within"])
-@pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("noise", [1.0, pytest.param(1e-2, marks=pytest.mark.slow), 1e-4])
 @pytest.mark.parametrize("rows", [600, 60])
 def test_nothing_cancels_where_the_modalities_are_nearly_equal(weights, noise, rows):
     value, gradient = errors(*noisy("equal", noise, rows), **weights)
@@ -253,7 +253,7 @@ def test_devices_exchange_one_sum_of_small_matrices(place, options, matrices):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("differentiated", ["outside", "inside"])
+@pytest.mark.parametrize("differentiated", ["outside", pytest.param("inside", marks=pytest.mark.slow)])
 def test_devices_agree_with_one(size, reduction, differentiated):
     """Without weights, so that the mean needs no row's loss, and all valid rows of "none" have one slope."""
     with jax.enable_x64(True):

@@ -49,6 +49,7 @@ def test_draws_follow_the_scores():
             assert np.all(np.abs(share - wanted[i]) <= 5 * error + 1e-12)
 
 
+@pytest.mark.slow
 def test_blocks_and_devices_do_not_change_what_is_drawn():
     pair, key = make_pair(), jax.random.key(2)
     expected = jax.device_get(draw(key, pair))

@@ -140,6 +140,7 @@ def test_what_devices_exchange(name, exchange):
     assert not any(str(size) in shape for shape in moved), "the memory stays where it is"
 
 
+@pytest.mark.slow
 def test_a_memory_is_restored_onto_another_mesh(tmp_path):
     """Eight devices' memory, written by Orbax and read by two, goes on as if nothing had happened."""
     import orbax.checkpoint as ocp

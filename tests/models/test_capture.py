@@ -85,7 +85,15 @@ def test_maps_of_flax_layers_are_those_that_flax_sows(options):
         np.testing.assert_allclose(values, expected[path], atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"normalize_qk": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"num_kv_heads": 2}, marks=pytest.mark.slow),
+        pytest.param({"normalize_qk": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_queries_and_keys_of_flax_layers_make_their_maps(options):
     params = user(**options).init(jax.random.key(0))
     outputs = user(Capture(maps=["*"], queries_keys=["*"]), **options).forward(params, BATCH, None)
@@ -98,7 +106,7 @@ def test_queries_and_keys_of_flax_layers_make_their_maps(options):
         np.testing.assert_allclose(jax.nn.softmax(scores), maps, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_capturing_from_flax_layers_changes_no_bit_of_the_outputs(params, remat):
     outputs = user(EVERYTHING, remat=remat).forward(params, BATCH, None)
     assert set(outputs) == {"y", *GROUPS}
@@ -109,7 +117,7 @@ def test_capturing_from_flax_layers_changes_no_bit_of_the_outputs(params, remat)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), outputs, again)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_capturing_from_our_layers_changes_no_bit_of_the_outputs(tiny_config, tiny_params, tiny_batch, remat):
     config = dataclasses.replace(tiny_config, text=dataclasses.replace(tiny_config.text, remat=remat))
     batch = {name: tiny_batch[name] for name in ("image", "token_ids", "token_mask")}
@@ -121,7 +129,7 @@ def test_capturing_from_our_layers_changes_no_bit_of_the_outputs(tiny_config, ti
     jax.tree.map(np.testing.assert_array_equal, outputs, plain)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_queries_and_keys_of_our_layers_make_their_maps(tiny_config, tiny_params, tiny_batch, dtype):
     config = dataclasses.replace(tiny_config, image=dataclasses.replace(tiny_config.image, dtype=dtype))
     capture = Capture(maps=["image.*"], queries_keys=["image.*"])
@@ -157,7 +165,7 @@ def test_what_is_captured_is_of_the_unaugmented_view(tiny_config, tiny_params, t
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), both[name], one[name])
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_flow_through_all_that_is_captured(params, remat):
     forward = user(EVERYTHING, remat=remat).forward
 
