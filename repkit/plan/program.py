@@ -37,6 +37,8 @@ _TRIPS = re.compile(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]*)\})")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]\s*\{(?P<axes>[^}]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_CONSTANT = re.compile(r" constant\((-?\d+)\)")
+_ELEMENT = re.compile(r"index=(\d+)")
 
 
 class Exchange(NamedTuple):
@@ -89,7 +91,7 @@ class _Instruction(NamedTuple):
 def program_costs(text: str) -> Costs:
     """Reads the text of a compiled program, as `jax.stages.Compiled.as_text` gives it.
 
-    A loop whose number of turns the compiler does not know is counted once.
+    A loop whose number of turns the text does not say is counted once; of a choice the dearest branch is counted.
 
     Example:
         >>> text = '''
@@ -101,21 +103,45 @@ def program_costs(text: str) -> Costs:
         Costs(exchanges=(Exchange(operation='all-gather', group=8, bytes=256, times=1),), traffic=288.0)
     """
     computations, entry = _computations(text)
-    exchanges: Counter[tuple[str, int, int]] = Counter()
-    traffic = 0.0
-    for name, times, is_fused in _runs(computations, entry):
-        sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
-        for instruction in computations[name]:
-            operation = instruction.operation.removesuffix("-start")
-            if operation in _COLLECTIVES:
-                exchanges[operation, _group(instruction.line), _result_bytes(instruction)] += times
-            if not is_fused and operation not in _FREE and not operation.endswith("-done"):
-                operands = _OPERAND.findall(
-                    instruction.line.partition(f"{instruction.operation}(")[2].partition(")")[0]
-                )
-                traffic += times * (sizes[instruction.name] + sum(sizes.get(operand, 0) for operand in operands))
+    exchanges, traffic = _cost(computations, entry, is_fused=False) if entry else (Counter(), 0.0)
     found = tuple(Exchange(*kind, times) for kind, times in exchanges.items())
     return Costs(tuple(sorted(found, key=lambda exchange: -exchange.sent)), traffic)
+
+
+_Cost = tuple[Counter[tuple[str, int, int]], float]
+"""Number of exchanges by operation, group and bytes; and traffic."""
+
+
+def _cost(computations: dict[str, list[_Instruction]], name: str, *, is_fused: bool) -> _Cost:
+    """Of one run of a computation and of all that it calls; the inside of a fused operation has no traffic."""
+    exchanges: Counter[tuple[str, int, int]] = Counter()
+    traffic = 0.0
+    sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
+    for instruction in computations[name]:
+        operation = instruction.operation.removesuffix("-start")
+        if operation in _COLLECTIVES:
+            exchanges[operation, _group(instruction.line), _result_bytes(instruction)] += 1
+        if not is_fused and operation not in _FREE and not operation.endswith("-done"):
+            traffic += sizes[instruction.name] + sum(sizes.get(operand, 0) for operand in _operands(instruction))
+        inside = is_fused or operation not in ("while", "conditional", "call")
+        called = [
+            _cost(computations, other, is_fused=inside) for other in _called(instruction) if other in computations
+        ]
+        if operation == "conditional" and called:
+            called = [max(called, key=lambda cost: cost[1])]
+        turns = _turns(computations, name, instruction) if operation == "while" else 1
+        for of_called, traffic_of_called in called:
+            for kind, times in of_called.items():
+                exchanges[kind] += turns * times
+            traffic += turns * traffic_of_called
+    return exchanges, traffic
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    called = [match["name"] for match in _CALLED.finditer(instruction.line)]
+    for branches in _BRANCHES.finditer(instruction.line):
+        called += _OPERAND.findall(branches["names"])
+    return called
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -132,20 +158,31 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _runs(computations: dict[str, list[_Instruction]], entry: str) -> Iterator[tuple[str, int, bool]]:
-    """Each computation with how often it runs and whether it is the inside of one fused operation."""
-    waiting = [(entry, 1, False)] if entry else []
-    while waiting:
-        name, times, is_fused = waiting.pop()
-        yield name, times, is_fused
-        for instruction in computations[name]:
-            trips = _TRIPS.search(instruction.line)
-            turns = int(trips[1]) if trips is not None and instruction.operation == "while" else 1
-            called = [match["name"] for match in _CALLED.finditer(instruction.line)]
-            for branches in _BRANCHES.finditer(instruction.line):
-                called += _OPERAND.findall(branches["names"])
-            inside = is_fused or instruction.operation not in ("while", "conditional", "call")
-            waiting += [(other, times * turns, inside) for other in called if other in computations]
+def _turns(computations: dict[str, list[_Instruction]], where: str, loop: _Instruction) -> int:
+    """As the compiler says; that of TPUs does not, but its loops count up by one to a constant in their condition."""
+    if (known := _TRIPS.search(loop.line)) is not None:
+        return int(known[1])
+    condition = {match["role"]: match["name"] for match in _CALLED.finditer(loop.line)}.get("condition", "")
+    test = {each.name: each for each in computations.get(condition, ())}
+    last = next((each for each in test.values() if each.line.lstrip().startswith("ROOT")), None)
+    if last is None or last.operation != "compare" or "direction=LT" not in last.line:
+        return 1
+    counter, limit = (test.get(name) for name in _operands(last))
+    end = None if limit is None else _CONSTANT.search(limit.line)
+    place = None if counter is None else _ELEMENT.search(counter.line)
+    if end is None or place is None:
+        return 1
+    around = {each.name: each for each in computations[where]}
+    initial = around.get(_operands(loop)[0])
+    first = None if initial is None or initial.operation != "tuple" else around.get(_operands(initial)[int(place[1])])
+    while first is not None and first.operation == "copy":
+        first = around.get(_operands(first)[0])
+    begin = None if first is None else _CONSTANT.search(first.line)
+    return max(int(end[1]) - (int(begin[1]) if begin else 0), 1)
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return _OPERAND.findall(instruction.line.partition(f" {instruction.operation}(")[2].partition(")")[0])
 
 
 def _bytes(shape: str) -> int:

@@ -76,6 +76,55 @@ def test_traffic_takes_a_loop_as_often_as_it_runs_and_the_inside_of_a_fusion_not
     assert program_costs(PROGRAM).traffic == 3 * loop_turn + entry
 
 
+# As the TPU's compiler writes it: the number of turns stands in the condition alone.
+COUNTED = PROGRAM.replace(
+    "  ROOT %less = pred[] constant(true)",
+    """  %end = s32[]{:T(128)} constant(7)
+  %counter = s32[]{:T(128)} get-tuple-element(%param.1), index=0
+  ROOT %less = pred[] compare(%counter, %end), direction=LT""",
+).replace('backend_config={"known_trip_count":{"n":"3"}}', "metadata={}")
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        (COUNTED, 7),
+        (COUNTED.replace("tuple(%zero, %x)", "tuple(%copied, %x)").replace(
+            "  %start =", "  %two = s32[] constant(2)\n  %copied = s32[] copy(%two)\n  %start ="
+        ), 5),
+        (COUNTED.replace("direction=LT", "direction=NE"), 1),
+        (COUNTED.replace("s32[]{:T(128)} constant(7)", "s32[]{:T(128)} get-tuple-element(%param.1), index=0"), 1),
+    ],
+    ids=["from zero", "from two", "until something else", "to what is not known"],
+)  # fmt: skip
+def test_turns_of_a_loop_are_read_from_its_condition(text, turns):
+    assert text != PROGRAM
+    assert Exchange("collective-permute", 0, 128, turns) in program_costs(text).exchanges
+
+
+def test_of_a_choice_the_dearest_branch_counts():
+    text = """
+%cheap (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %a = f32[4]{0} all-reduce(%p), replica_groups=[1,2]<=[2]
+}
+
+%dear (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  %all = f32[8]{0} all-gather(%q), replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %b = f32[4]{0} slice(%all), slice={[0:4]}
+}
+
+ENTRY %main (c: pred[], x: f32[4]) -> f32[4] {
+  %c = pred[] parameter(0)
+  %x = f32[4]{0} parameter(1)
+  ROOT %chosen = f32[4]{0} conditional(%c, %x, %x), branch_computations={%cheap, %dear}
+}
+"""
+    assert program_costs(text).exchanges == (Exchange("all-gather", 2, 32, 1),)
+    assert program_costs(text).traffic == (16 + 32) + (32 + 16)
+
+
 def test_an_empty_text_costs_nothing():
     assert program_costs("").exchanges == ()
 
