@@ -103,7 +103,9 @@ def program_costs(text: str) -> Costs:
         Costs(exchanges=(Exchange(operation='all-gather', group=8, bytes=256, times=1),), traffic=288.0)
     """
     computations, entry = _computations(text)
-    exchanges, traffic = _cost(computations, entry, is_fused=False) if entry else (Counter(), 0.0)
+    if not entry:
+        return Costs((), 0.0)
+    exchanges, traffic = _cost(computations, entry, is_fused=False)
     found = tuple(Exchange(*kind, times) for kind, times in exchanges.items())
     return Costs(tuple(sorted(found, key=lambda exchange: -exchange.sent)), traffic)
 
