@@ -42,7 +42,7 @@ _BLOCK_CELLS = 2**20
 
 # Below this squared distance per unit map, "mse" is formed from differences of heads: it takes longer, but keeps the
 # digits that float32 loses in differences of unit maps.
-_NEAR_ZERO = 1e-4
+NEAR_ZERO = 1e-4
 _FEW_ROWS = 16
 
 
@@ -524,7 +524,7 @@ def _example_group(plan: _Plan, blocks: _Blocks, temperature: Float[Array, "*g"]
         if kind == "kl" or isinstance(blocks.student, _AttentionBlocks):
             return losses
         compared_heads = jnp.sum(alignment.teacher_scale > 0, axis=-1, dtype=losses.dtype)
-        is_near_zero = jnp.any(losses < _NEAR_ZERO * compared_heads)
+        is_near_zero = jnp.any(losses < NEAR_ZERO * compared_heads)
         return jax.lax.cond(is_near_zero, lambda: _squared_distances(blocks, alignment), lambda: losses)
 
     return _Group(losses, cells_and_gradient, of_temperature, refined)

@@ -26,7 +26,7 @@ from repkit.losses._attention_plain import (
     token_rows,
 )
 from repkit.losses.form import Blocks, Form, require_form
-from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, same_precision
+from repkit.numerics import AxisName, Reduction, Scalar, reduce_loss, same_precision, target_platform
 
 AlignmentVariant: TypeAlias = Literal["mse", "kl", "token_kl"]
 MapVariant: TypeAlias = Literal["mse", "kl", "projected_kl", "token_kl"]
@@ -270,6 +270,11 @@ def _aligned(
     """The losses of the examples, in the form asked for."""
     if form == "plain":
         return _plainly_aligned(settings, student, teacher, masks, temperature)
+    if isinstance(student, Maps) and isinstance(teacher, Maps) and target_platform() == "tpu":
+        from repkit.losses import _attention_kernel as kernel  # of use on TPUs alone, and slow to import
+
+        if kernel.covers(settings, student.maps, teacher.maps):
+            return kernel.kernel_alignment(settings, student.maps, teacher.maps, masks, jnp.asarray(temperature))
     if isinstance(student, QueriesKeys):
         queries, keys = student.query.shape[-2], student.key.shape[-2]
     else:

@@ -6,8 +6,8 @@ The compiler's own count takes the body of a loop once; here it is taken as ofte
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -28,7 +28,9 @@ _FREE = frozenset(
 )  # fmt: skip
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?P<operation>[a-z][a-z0-9\-]*)\(")
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+# The memory space of a TPU's core, which operations read at the speed of their arithmetic.
+_ON_CHIP = "S(1)"
 _CALLED = re.compile(
     r"\b(?P<role>body|condition|to_apply|calls|true_computation|false_computation)=%?(?P<name>[\w.\-]+)"
 )
@@ -39,6 +41,7 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]\s*\{(?P<axe
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CONSTANT = re.compile(r" constant\((-?\d+)\)")
 _ELEMENT = re.compile(r"index=(\d+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 class Exchange(NamedTuple):
@@ -74,11 +77,15 @@ class Costs(NamedTuple):
 
     Attributes:
         exchanges: the collectives, those of one kind and size together.
-        traffic: bytes that its operations read and write, were nothing kept in caches: an upper bound.
+        traffic: bytes that its operations read from memory and write to it, were nothing kept in caches: an upper
+            bound, for an operation that reads a part of an array counts as one that reads all of it.
+        cycles: that its operations take by the estimate of the compiler, of transfers between them none; 0 from a
+            compiler that makes no estimate, as only that of TPUs does.
     """
 
     exchanges: tuple[Exchange, ...]
     traffic: float
+    cycles: float
 
 
 class _Instruction(NamedTuple):
@@ -88,10 +95,14 @@ class _Instruction(NamedTuple):
     line: str
 
 
-def program_costs(text: str) -> Costs:
+def program_costs(text: str, *, of_a_choice: Literal["dearest", "cheapest"] = "dearest") -> Costs:
     """Reads the text of a compiled program, as `jax.stages.Compiled.as_text` gives it.
 
-    A loop whose number of turns the text does not say is counted once; of a choice the dearest branch is counted.
+    A loop whose number of turns the text does not say is counted once.
+
+    Args:
+        text: the program.
+        of_a_choice: which of its branches is counted.
 
     Example:
         >>> text = '''
@@ -100,43 +111,55 @@ def program_costs(text: str) -> Costs:
         ...   ROOT %all = f32[64]{0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}
         ... }'''
         >>> program_costs(text)
-        Costs(exchanges=(Exchange(operation='all-gather', group=8, bytes=256, times=1),), traffic=288.0)
+        Costs(exchanges=(Exchange(operation='all-gather', group=8, bytes=256, times=1),), traffic=288.0, cycles=0.0)
     """
     computations, entry = _computations(text)
     if not entry:
-        return Costs((), 0.0)
-    exchanges, traffic = _cost(computations, entry, is_fused=False)
-    found = tuple(Exchange(*kind, times) for kind, times in exchanges.items())
-    return Costs(tuple(sorted(found, key=lambda exchange: -exchange.sent)), traffic)
+        return Costs((), 0.0, 0.0)
+    cost = _cost(computations, entry, max if of_a_choice == "dearest" else min, is_fused=False)
+    found = tuple(Exchange(*kind, times) for kind, times in cost.exchanges.items())
+    return Costs(tuple(sorted(found, key=lambda exchange: -exchange.sent)), cost.traffic, cost.cycles)
 
 
-_Cost = tuple[Counter[tuple[str, int, int]], float]
-"""Number of exchanges by operation, group and bytes; and traffic."""
+class _Cost(NamedTuple):
+    """As `Costs`; the exchanges by operation, group and bytes."""
+
+    exchanges: Counter[tuple[str, int, int]]
+    traffic: float
+    cycles: float
+
+    def plus(self, other: "_Cost", times: int = 1) -> "_Cost":
+        exchanges = self.exchanges + Counter({kind: times * number for kind, number in other.exchanges.items()})
+        return _Cost(exchanges, self.traffic + times * other.traffic, self.cycles + times * other.cycles)
 
 
-def _cost(computations: dict[str, list[_Instruction]], name: str, *, is_fused: bool) -> _Cost:
-    """Of one run of a computation and of all that it calls; the inside of a fused operation has no traffic."""
-    exchanges: Counter[tuple[str, int, int]] = Counter()
-    traffic = 0.0
-    sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
+def _cost(
+    computations: dict[str, list[_Instruction]], name: str, choose: Callable[..., _Cost], *, is_fused: bool
+) -> _Cost:
+    """Of one run of a computation and of all that it calls; the inside of a fused operation has exchanges alone."""
+    total = _Cost(Counter(), 0.0, 0.0)
+    sizes = {instruction.name: _memory_bytes(instruction.shape) for instruction in computations[name]}
     for instruction in computations[name]:
         operation = instruction.operation.removesuffix("-start")
         if operation in _COLLECTIVES:
-            exchanges[operation, _group(instruction.line), _result_bytes(instruction)] += 1
+            total.exchanges[operation, _group(instruction.line), _result_bytes(instruction)] += 1
         if not is_fused and operation not in _FREE and not operation.endswith("-done"):
-            traffic += sizes[instruction.name] + sum(sizes.get(operand, 0) for operand in _operands(instruction))
+            traffic, cycles = sizes[instruction.name], _CYCLES.search(instruction.line)
+            if instruction.operation != "copy-start":  # whose result names what it reads as well
+                traffic += sum(sizes.get(operand, 0) for operand in _operands(instruction))
+            total = total.plus(_Cost(Counter(), traffic, float(cycles[1]) if cycles else 0.0))
         inside = is_fused or operation not in ("while", "conditional", "call")
         called = [
-            _cost(computations, other, is_fused=inside) for other in _called(instruction) if other in computations
+            _cost(computations, other, choose, is_fused=inside)
+            for other in _called(instruction)
+            if other in computations
         ]
         if operation == "conditional" and called:
-            called = [max(called, key=lambda cost: cost[1])]
+            called = [choose(called, key=lambda cost: (cost.cycles, cost.traffic))]
         turns = _turns(computations, name, instruction) if operation == "while" else 1
-        for of_called, traffic_of_called in called:
-            for kind, times in of_called.items():
-                exchanges[kind] += turns * times
-            traffic += turns * traffic_of_called
-    return exchanges, traffic
+        for cost in called:
+            total = total.plus(cost, turns)
+    return total
 
 
 def _called(instruction: _Instruction) -> list[str]:
@@ -187,9 +210,9 @@ def _operands(instruction: _Instruction) -> list[str]:
     return _OPERAND.findall(instruction.line.partition(f" {instruction.operation}(")[2].partition(")")[0])
 
 
-def _bytes(shape: str) -> int:
-    """Of an array's shape, or of all in a tuple's."""
-    return sum(_array_bytes(kind, sizes) for kind, sizes in _SHAPE.findall(shape))
+def _memory_bytes(shape: str) -> int:
+    """Of an array's shape, or of all in a tuple's, that lie in memory."""
+    return sum(_array_bytes(kind, sizes) for kind, sizes, layout in _SHAPE.findall(shape) if _ON_CHIP not in layout)
 
 
 def _array_bytes(kind: str, sizes: str) -> int:
@@ -198,7 +221,7 @@ def _array_bytes(kind: str, sizes: str) -> int:
 
 def _result_bytes(instruction: _Instruction) -> int:
     """Without the operands that the result of an asynchronous start holds as well."""
-    shapes = [_array_bytes(kind, sizes) for kind, sizes in _SHAPE.findall(instruction.shape)]
+    shapes = [_array_bytes(kind, sizes) for kind, sizes, _ in _SHAPE.findall(instruction.shape)]
     if not instruction.operation.endswith("-start") or instruction.operation.startswith("all-reduce"):
         return sum(shapes)
     # (operands, results, counters of some bytes)

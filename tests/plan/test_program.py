@@ -72,7 +72,7 @@ def test_what_a_device_sends_follows_the_ring():
 
 def test_traffic_takes_a_loop_as_often_as_it_runs_and_the_inside_of_a_fusion_not_at_all():
     loop_turn = (128 + 128) + (16 + 128)  # the permutation and the fusion: what each reads and writes
-    entry = (8 + 64 + 128) + (32 + 128) + 2 * (20 + 128)
+    entry = (8 + 128) + (32 + 128) + 2 * (20 + 128)  # what is gathered stays on the chip
     assert program_costs(PROGRAM).traffic == 3 * loop_turn + entry
 
 
@@ -123,6 +123,28 @@ ENTRY %main (c: pred[], x: f32[4]) -> f32[4] {
 """
     assert program_costs(text).exchanges == (Exchange("all-gather", 2, 32, 1),)
     assert program_costs(text).traffic == (16 + 32) + (32 + 16)
+    assert program_costs(text, of_a_choice="cheapest").exchanges == (Exchange("all-reduce", 2, 16, 1),)
+
+
+def test_cycles_are_those_that_the_compiler_estimates_outside_of_fusions():
+    text = """
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %twice = f32[4]{0} add(%p, %p), backend_config={"window_config":{"estimated_cycles":"1000"}}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %start = (f32[4]{0:T(128)S(1)}, f32[4]{0}, u32[]{:S(2)}) copy-start(%x)
+  %here = f32[4]{0:T(128)S(1)} copy-done(%start)
+  ROOT %y = f32[4]{0} fusion(%here), kind=kLoop, calls=%fused, \
+backend_config={"window_config":{"estimated_cycles":"20","iteration_bounds":["1"]}}
+}
+"""
+    costs = program_costs(text)
+    assert costs.cycles == 20
+    # Fetched from memory once, with a counter; read where it then is, and written back.
+    assert costs.traffic == (16 + 4) + 16
 
 
 def test_an_empty_text_costs_nothing():
