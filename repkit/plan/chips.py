@@ -16,6 +16,7 @@ class Chip(NamedTuple):
         flops: bfloat16 operations per second.
         memory_bandwidth: bytes per second, read or written.
         link_bandwidth: bytes per second that a ring over one axis of the network carries, both directions together.
+        clock: cycles per second of a TPU's core, `flops` by what its matrix units do in a cycle; none for a GPU.
         slices: for a TPU, from the number in a topology's name to the shape of that many chips.
     """
 
@@ -23,6 +24,7 @@ class Chip(NamedTuple):
     flops: float
     memory_bandwidth: float
     link_bandwidth: float
+    clock: float | None
     slices: dict[int, str] | None
 
 
@@ -32,12 +34,12 @@ _SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: 
 _CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8"}
 
 CHIPS = {
-    "v4": Chip(32 * _GIB, 275e12, 1.2e12, 9e10, _CUBES),
-    "v5e": Chip(16 * _GIB, 197e12, 0.81e12, 9e10, _SQUARES),
-    "v6e": Chip(32 * _GIB, 918e12, 1.64e12, 1.8e11, _SQUARES),
-    "a100": Chip(80e9, 312e12, 2.0e12, 6e11, None),
-    "h100": Chip(80e9, 989e12, 3.35e12, 9e11, None),
-    "h200": Chip(141e9, 989e12, 4.8e12, 9e11, None),
+    "v4": Chip(32 * _GIB, 275e12, 1.2e12, 9e10, 1.05e9, _CUBES),
+    "v5e": Chip(16 * _GIB, 197e12, 0.81e12, 9e10, 1.5e9, _SQUARES),
+    "v6e": Chip(32 * _GIB, 918e12, 1.64e12, 1.8e11, 1.75e9, _SQUARES),
+    "a100": Chip(80e9, 312e12, 2.0e12, 6e11, None, None),
+    "h100": Chip(80e9, 989e12, 3.35e12, 9e11, None, None),
+    "h200": Chip(141e9, 989e12, 4.8e12, 9e11, None, None),
 }
 """By name. TPUs: Google's documentation, and "How to Scale Your Model" (jax-ml.github.io/scaling-book) for the links.
 GPUs: NVIDIA's data sheets, SXM modules, dense; the link is NVLink, so that more than one node is slower."""

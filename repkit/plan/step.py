@@ -16,8 +16,8 @@ import jax
 
 from repkit.checks import InputError
 from repkit.numerics import tracing_for
-from repkit.plan.chips import Topology, has_tpu_compiler
-from repkit.plan.program import Exchange, device_bytes, program_costs, traced_flops
+from repkit.plan.chips import Chip, Topology, has_tpu_compiler
+from repkit.plan.program import Costs, Exchange, device_bytes, program_costs, traced_flops
 from repkit.simulation import simulated_devices
 from repkit.train.config import TracedUpdate, TrainConfig, trace_update
 from repkit.train.mesh import batch_devices
@@ -40,9 +40,13 @@ class StepPlan:
         memory_bytes: all of it at its peak.
         capacity: bytes that a device has.
         flops: operations of its share of the matrix products, recomputation included.
-        traffic: bytes that its operations read and write, an upper bound.
+        traffic: bytes that its operations read from memory and write to it, an upper bound.
         exchanges: the collectives.
-        seconds: the least time of each kind of work, by the chip's peak rates.
+        least_seconds: of each kind of work, where every choice takes its cheapest branch. The work of a chip is what
+            the TPU's compiler estimates of its operations, or else its matrix products at the chip's peak rate and its
+            traffic at that of the memory.
+        most_seconds: the same, where every choice takes its dearest branch.
+        peak_seconds: of the matrix products at the chip's peak rate.
     """
 
     topology: str
@@ -57,7 +61,9 @@ class StepPlan:
     flops: float
     traffic: float
     exchanges: tuple[Exchange, ...]
-    seconds: dict[str, float]
+    least_seconds: dict[str, float]
+    most_seconds: dict[str, float]
+    peak_seconds: float
 
     @property
     def fits(self) -> bool:
@@ -66,8 +72,8 @@ class StepPlan:
 
     @property
     def estimated_seconds(self) -> tuple[float, float]:
-        """Of a step: if all work overlaps, and if none does."""
-        return max(self.seconds.values()), sum(self.seconds.values())
+        """Of a step: if all work overlaps and choices are cheap, and if none does and they are dear."""
+        return max(self.least_seconds.values()), sum(self.most_seconds.values())
 
 
 def plan_step(trace: Callable[[Sequence[Any], int], TracedUpdate], topology: Topology, batch_size: int) -> StepPlan:
@@ -100,8 +106,7 @@ def plan_step(trace: Callable[[Sequence[Any], int], TracedUpdate], topology: Top
         temporary = analysis.temp_size_in_bytes
         arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
         memory = arguments + outputs - analysis.alias_size_in_bytes + temporary
-    costs = program_costs(text)
-    chip = topology.chip
+    costs, chip = program_costs(text), topology.chip
     return StepPlan(
         topology=topology.name,
         compiler=compiler,
@@ -115,12 +120,18 @@ def plan_step(trace: Callable[[Sequence[Any], int], TracedUpdate], topology: Top
         flops=flops,
         traffic=costs.traffic,
         exchanges=costs.exchanges,
-        seconds={
-            "matrix products": flops / chip.flops,
-            "memory": costs.traffic / chip.memory_bandwidth,
-            "network": sum(exchange.sent for exchange in costs.exchanges) / chip.link_bandwidth,
-        },
+        least_seconds=_seconds(program_costs(text, of_a_choice="cheapest"), chip, flops),
+        most_seconds=_seconds(costs, chip, flops),
+        peak_seconds=flops / chip.flops,
     )
+
+
+def _seconds(costs: Costs, chip: Chip, flops: float) -> dict[str, float]:
+    """The least time of each kind of work."""
+    network = {"network": sum(exchange.sent for exchange in costs.exchanges) / chip.link_bandwidth}
+    if chip.clock is not None and costs.cycles:
+        return {"operations": costs.cycles / chip.clock} | network
+    return {"matrix products": flops / chip.flops, "memory": costs.traffic / chip.memory_bandwidth} | network
 
 
 def plan_recipe(
@@ -213,11 +224,16 @@ def describe(plan: StepPlan, fits: int | None = None) -> str:
     if plan.temporary_bytes is None:
         return "\n".join(lines)
     least, most = plan.estimated_seconds
-    parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in plan.seconds.items())
+    parts = ", ".join(
+        f"{name} {_milliseconds(seconds, plan.most_seconds[name])}" for name, seconds in plan.least_seconds.items()
+    )
+    whose = "from the chip's peak rates" if "memory" in plan.least_seconds else "of the TPU compiler's, by operation"
     lines += [
         f"memory traffic       {plan.traffic / 1e9:.2f} GB at most",
-        f"time of a step       {1e3 * least:.1f} to {1e3 * most:.1f} ms, an estimate from the chip's peak rates",
+        f"time of a step       {_milliseconds(least, most)} ms, an estimate {whose}",
         f"  milliseconds of    {parts}",
+        f"  products alone     {1e3 * plan.peak_seconds:.1f} ms at the chip's peak rate: "
+        f"{100 * plan.peak_seconds / most:.0f} to {100 * plan.peak_seconds / least:.0f} % of it reached",
         "collectives          bytes left on a device, times a step, devices in a group",
     ]
     lines += [
@@ -262,6 +278,12 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:8.3f} GiB"
+
+
+def _milliseconds(least: float, most: float) -> str:
+    """A range, or one number where both ends are written alike."""
+    both = f"{1e3 * least:.1f}", f"{1e3 * most:.1f}"
+    return both[0] if both[0] == both[1] else " to ".join(both)
 
 
 def _megabytes(size: float) -> str:

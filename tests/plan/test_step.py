@@ -64,7 +64,8 @@ def made_up(rows, memory, **others):
     values = {
         "topology": "v5e-4", "compiler": "TPU", "devices": 4, "batch_size": rows, "state_bytes": 10, "batch_bytes": 5,
         "temporary_bytes": 20, "memory_bytes": memory, "capacity": 1000.0, "flops": 1e12, "traffic": 1e9,
-        "exchanges": (), "seconds": {"matrix products": 0.1, "memory": 0.3, "network": 0.2},
+        "exchanges": (), "least_seconds": {"operations": 0.1, "network": 0.2},
+        "most_seconds": {"operations": 0.3, "network": 0.2}, "peak_seconds": 0.05,
     }  # fmt: skip
     return StepPlan(**{**values, **others})
 
@@ -82,7 +83,15 @@ def test_a_step_that_does_not_fit_says_so():
     plan = made_up(64, 2 * 2**30, capacity=2.0**30, temporary_bytes=None)
     assert not plan.fits
     assert "2.000 GiB of    1.000 GiB: DOES NOT FIT" in describe(plan)
-    assert made_up(64, 100).estimated_seconds == (0.3, pytest.approx(0.6))
+
+
+def test_the_time_of_a_step_is_a_range():
+    plan = made_up(64, 100)
+    assert plan.estimated_seconds == (0.2, pytest.approx(0.5))
+    text = describe(plan)
+    assert "200.0 to 500.0 ms, an estimate of the TPU compiler's, by operation" in text
+    assert "operations 100.0 to 300.0, network 200.0" in text
+    assert "50.0 ms at the chip's peak rate: 10 to 25 % of it reached" in text
 
 
 def test_topologies():
