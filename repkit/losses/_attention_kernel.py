@@ -22,7 +22,7 @@ from repkit.losses._attention_blocks import NEAR_ZERO, Masks, Settings, Start
 from repkit.losses._attention_plain import SMALLEST_SHARE, Divergence, has_cells, inverse, inverse_root
 from repkit.numerics import target_platform
 
-_ROWS = 64
+ROWS = 64
 """Query rows of a block; the more, the fewer turns of its loops, and the longer the program."""
 _FOLDED = 8
 """Rows that a block's cells are added up to before the walk ends: those of a register of float32."""
@@ -92,15 +92,15 @@ class _Cells(NamedTuple):
     def sums(self, block: Block, number: int) -> list[Float[Array, "1 1"]]:
         """Sums over all cells of each of the arrays, so many, that `block(start, size)` gives for a block of rows."""
         _, rows, keys = self.ref.shape
-        whole, rest = divmod(rows, _ROWS)
+        whole, rest = divmod(rows, ROWS)
 
         def step(i: Array, folded: list[Array]) -> list[Array]:
-            cells = block(pl.multiple_of(i * _ROWS, _ROWS), _ROWS)
+            cells = block(pl.multiple_of(i * ROWS, ROWS), ROWS)
             return [total + _folded(x) for total, x in zip(folded, cells, strict=True)]
 
         zeros = [jnp.zeros((_FOLDED, keys), jnp.float32)] * number
         parts = [jax.lax.fori_loop(0, whole, step, zeros)] if whole else []
-        parts += [block(whole * _ROWS, rest)] if rest else []
+        parts += [block(whole * ROWS, rest)] if rest else []
         totals = [[jnp.sum(jnp.sum(x, axis=1, keepdims=True), axis=0, keepdims=True) for x in part] for part in parts]
         return [functools.reduce(jnp.add, each) for each in zip(*totals, strict=True)]
 

@@ -191,7 +191,9 @@ def target_devices(topology: Topology) -> tuple[list[Any], Compiler]:
         from jax.experimental import topologies
 
         with _environment(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"):
-            return list(topologies.get_topology_desc(topology.shape, platform="tpu").devices), "TPU"
+            # A host has four chips unless it is said to have one.
+            host = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+            return list(topologies.get_topology_desc(topology.shape, platform="tpu", **host).devices), "TPU"
     devices = jax.devices()
     if len(devices) < topology.devices:
         raise InputError(
