@@ -317,6 +317,13 @@ def _language(config: Config, directory: Path) -> _Language:
             stored = json.loads((Path(path) / LONGEST_FILE).read_text())
             longest = {stage: (read, generated) for stage, (read, generated) in stored.items()}
             return _Language(load_tokenizer(Path(path) / TOKENIZER_FILE), longest)
+    # Of those settings alone that the texts depend on.
+    return _new_language(Config(scenes=config.scenes, examples=config.examples, directory=config.directory))
+
+
+@functools.cache
+def _new_language(config: Config) -> _Language:
+    """From the texts of all stages, which is what takes longest before a training; a study asks for it in every run."""
     texts = {stage: _texts(replace(config, stage=stage)) for stage in get_args(Stage)}
     everything = sorted({text for sides in texts.values() for side in sides for text in side})
     tokenizer = train_tokenizer(everything, vocab_size=VOCABULARY_SIZE)

@@ -159,7 +159,7 @@ def build(config: Config, directory: Path) -> Experiment:
     tokenizer = _tokenizer(config.data, train, directory)
     max_length = config.data.max_length
     if max_length is None:
-        max_length = _longest(all_captions(train), tokenizer)
+        max_length = _longest(_captions(config.data, train), tokenizer)
     image_size = _image_size(config.data)
     model = two_tower(_model_config(config, tokenizer, max_length, image_size))
 
@@ -270,7 +270,19 @@ def _tokenizer(data: DataConfig, train: Source, directory: Path) -> Tokenizer:
         return load_tokenizer(data.tokenizer)
     # Augmented captions use the synonyms, whether or not a caption does.
     synonyms = [word for words in _augmentation(data).text.synonyms.values() for word in words]
-    return train_tokenizer([*all_captions(train), *synonyms], vocab_size=data.vocabulary_size)
+    return train_tokenizer([*_captions(data, train), *synonyms], vocab_size=data.vocabulary_size)
+
+
+def _captions(data: DataConfig, train: Source) -> list[str]:
+    """All that the training examples have; those of the digit scenes, which never change, are read once."""
+    if data.source == "digit_scenes":
+        return _scene_captions(data.name, data.train, data.directory)
+    return all_captions(train)
+
+
+@functools.cache
+def _scene_captions(name: str, split: str, directory: str | None) -> list[str]:
+    return all_captions(digit_scenes_source(name, split, directory))
 
 
 def _longest(captions: list[str], tokenizer: Tokenizer) -> int:
