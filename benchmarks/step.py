@@ -4,6 +4,9 @@
     python -m benchmarks.step memory      memory of a step by the number of micro-batches; compiled, not run
     python -m benchmarks.step scaling     operations and bytes exchanged per device on 1, 2, 4, 8 simulated devices
     python -m benchmarks.step data        examples per second of the input pipeline alone
+    python -m benchmarks.step pod --topology v5e-256 --size clip_b_16 --batch 262144 --parts 16
+                                          what a loss adds to the memory and the exchanges of a step on a pod, in blocks
+                                          and in the plain form; compiled for it, not run; minutes for each program
 
 Each takes `--size small|clip_b_16|clip_l_14`, `--batch N`, `--output F.jsonl`, and prints a table. `time --trace DIR`
 leaves a trace of the profiler. Simulated devices share one processor, so that `scaling` has no times.
@@ -17,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,17 @@ import numpy as np
 
 from benchmarks import measure
 from repkit import losses
+from repkit.checks import InputError
 from repkit.models.encoders import CLIP_TEXT_B, CLIP_TEXT_L, VIT_B_16, VIT_L_14, TextConfig, VisionConfig
 from repkit.models.sharding import TRANSFORMER_RULES
 from repkit.models.two_tower import TwoTowerConfig, two_tower
+from repkit.numerics import reduce_loss
 from repkit.objective import Objective, Term
+from repkit.plan.chips import topology
 from repkit.plan.program import program_costs, traced_flops
+from repkit.plan.step import plan_step
 from repkit.simulation import simulated_devices
-from repkit.train.config import TrainConfig, make_optimizer, make_placement, trace_update
+from repkit.train.config import TracedUpdate, TrainConfig, make_optimizer, make_placement, trace_update
 from repkit.train.mesh import MeshConfig
 from repkit.train.step import make_update
 
@@ -57,13 +64,28 @@ OBJECTIVE = Objective(
         )
     }
 )
+
+
+def own_pairs(image_embeds: Any, text_embeds: Any, *, where: Any = None, weights: Any = None, reduction: Any) -> Any:
+    """`-<image_i, text_i>`: a loss that costs nothing beside the towers."""
+    products = jnp.sum(image_embeds * text_embeds, axis=-1)
+    return reduce_loss(-products, where=where, weights=weights, axis_name=None, reduction=reduction)
+
+
+EMBEDS = ("outputs.image.embeds", "outputs.text.embeds")
+POD_TERMS = {
+    "own pairs alone": Term(own_pairs, EMBEDS),
+    "info_nce": OBJECTIVE.terms["info_nce"],
+    "info_nce, plain": dataclasses.replace(OBJECTIVE.terms["info_nce"], options={"form": "plain"}),
+    "geometric_consistency": Term(losses.geometric_consistency, EMBEDS),
+}
 SCALED_MESHES = {"data": {}, "data and fsdp": {"fsdp": 2}, "data and tensor": {"tensor": 2}}
 
 
-def model_config(options: argparse.Namespace) -> TwoTowerConfig:
-    """The towers of a size, in bfloat16 where that is fast."""
+def model_config(options: argparse.Namespace, dtype: str | None = None) -> TwoTowerConfig:
+    """The towers of a size, in bfloat16 where that is fast if nothing else is asked for."""
     config = SIZES[options.size]
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     image, text = (dataclasses.replace(tower, dtype=dtype) for tower in (config.image, config.text))
     return dataclasses.replace(config, image=image, text=text)
 
@@ -230,7 +252,37 @@ def data(options: argparse.Namespace) -> Iterator[Row]:
             yield {"threads": threads, "examples per second": count / (time.perf_counter() - begin)}
 
 
-WHAT = {"time": timed, "memory": memory, "scaling": scaling, "data": data}
+def pod(options: argparse.Namespace) -> Iterator[Row]:
+    """A step on devices that are not here, by its loss."""
+    place = topology(options.topology)
+    config = model_config(options, dtype="bfloat16")
+    model, (parts, *_) = two_tower(config), options.parts
+    train = TrainConfig(batch_size=options.batch, micro_batches=parts)
+    for name in options.losses or POD_TERMS:
+        objective = Objective({"pairs": POD_TERMS[name]})
+
+        def trace(devices: Sequence[Any], rows: int, objective: Objective = objective) -> TracedUpdate:
+            batch = {key: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for key, x in batch_of(config, 1).items()}
+            return trace_update(train, model.init, model.forward, objective, batch, devices, rules=TRANSFORMER_RULES)
+
+        plan = plan_step(trace, place, options.batch)
+        sent: dict[str, float] = {}
+        for exchange in plan.exchanges:
+            sent[exchange.operation] = sent.get(exchange.operation, 0.0) + exchange.sent
+        yield {
+            "topology": place.name,
+            "loss": name,
+            "micro-batches": parts,
+            "memory GiB": plan.memory_bytes / 2**30,
+            "state GiB": plan.state_bytes / 2**30,
+            "fits": plan.fits,
+            "TFLOP a device": plan.flops / 1e12,
+            "milliseconds (estimate)": [1e3 * each for each in plan.estimated_seconds],
+            "MB sent a device": {operation: round(size / 1e6, 3) for operation, size in sent.items()},
+        }
+
+
+WHAT = {"time": timed, "memory": memory, "scaling": scaling, "data": data, "pod": pod}
 
 
 def main() -> None:
@@ -241,14 +293,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="rows of a batch; with scaling, of each device")
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="numbers of micro-batches")
     parser.add_argument("--seconds", type=float, default=5.0, help="of samples, for what is timed")
+    parser.add_argument("--topology", default="v5e-256", help="the devices of `pod`, as `repkit plan` takes them")
+    parser.add_argument("--losses", nargs="+", choices=POD_TERMS, help="those of `pod`; all of them by default")
     parser.add_argument("--trace", type=Path, help="a folder for a trace of the profiler")
     parser.add_argument("--output", type=Path, help="appends the rows as JSON lines")
     parser.add_argument("--rows", action="store_true", help="print JSON lines instead of a table")
     options = parser.parse_args()
     rows = []
-    for row in WHAT[options.what](options):
-        rows.append(row)
-        print(json.dumps(row) if options.rows else _line(row), flush=True)
+    try:
+        for row in WHAT[options.what](options):
+            rows.append(row)
+            print(json.dumps(row) if options.rows else _line(row), flush=True)
+    except InputError as error:
+        sys.exit(str(error))
     if options.output:
         common = {"what": options.what, "size": options.size, "batch": options.batch, "jax": jax.__version__}
         with options.output.open("a") as file:

@@ -84,15 +84,15 @@ class ModelConfig:
     """The model; all transformers in it are of one width."""
 
     patch_size: int = 8
-    width: int = 128
-    heads: int = 8
+    width: int = 96
+    heads: int = 4
     image_depth: int = 3
     text_depth: int = 2
     fusion_depth: int = 2
     decoder_depth: int = 2
     embed_dim: int = 64
     dropout: float = 0.0
-    mask_rate: float = 0.15
+    mask_rate: float = 0.3
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -148,12 +148,13 @@ class Config:
     contrast: ContrastConfig = ContrastConfig()
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=6000,
-            batch_size=128,
+            steps=4000,
+            batch_size=64,
             learning_rate=1e-3,
+            warmup_steps=200,
             weight_decay=0.05,
             ema_decay=0.995,
-            log_every=200,
+            log_every=100,
             checkpoint_every=2000,
         )
     )

@@ -13,9 +13,10 @@ from repkit.simulation import simulated_devices
 ROOT = Path(__file__).parents[2]
 
 
-def rows_of(what: str, path: Path, *arguments: str) -> list[dict]:
+def rows_of(what: str, path: Path, *arguments: str, devices: int = 1) -> list[dict]:
     command = (sys.executable, "-m", "benchmarks.step", what, "--output", str(path), *arguments)
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | simulated_devices(1))
+    environment = os.environ | simulated_devices(devices)
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert finished.returncode == 0, finished.stderr
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -42,3 +43,15 @@ def test_what_devices_send_is_counted_for_each_mesh(tmp_path):
     assert [row["devices"] for row in rows] == [1] + [count for count in (2, 4, 8) for _ in range(3)]
     assert rows[0]["MB sent a device"] == 0
     assert all(row["MB sent a device"] > 0 for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_what_a_loss_adds_to_a_step_of_many_devices_is_planned(tmp_path):
+    options = ("--topology", "h100-4", "--batch", "64", "--parts", "1")
+    rows = rows_of("pod", tmp_path / "rows.jsonl", *options, devices=4)
+    sent = {row["loss"]: row["MB sent a device"] for row in rows}
+    assert "collective-permute" in sent["info_nce"]
+    assert "all-gather" in sent["info_nce, plain"]
+    assert not {"all-gather", "collective-permute"} & (
+        sent["own pairs alone"].keys() | sent["geometric_consistency"].keys()
+    )
