@@ -5,9 +5,10 @@
     python -m benchmarks.tpu --output results.jsonl
 
 Value and gradient of a loss on one chip, bfloat16 inputs. Cycles are the compiler's estimates of its operations, loops
-as often as they turn, and of a choice the cheapest and the dearest branch; a kernel's are the instructions that it
-schedules, taken as often as its loops turn. Beside them stand the cycles that the matrix products would take at the
-chip's peak rate, and those of reading the inputs and writing the gradients once. Needs the extra `tpu`.
+as often as they turn, where the program's choices are cheap, as they are as a rule, and where they are dear; a kernel's
+are the instructions that it schedules, taken as often as its loops turn. Beside them stand the cycles that the matrix
+products would take at the chip's peak rate for bfloat16, and those of reading the inputs and writing the gradients
+once. Needs the extra `tpu`.
 """
 
 import argparse
@@ -31,10 +32,11 @@ from repkit import losses
 from repkit.losses import _attention_kernel
 from repkit.numerics import tracing_for
 from repkit.plan.chips import CHIPS, has_tpu_compiler, topology
-from repkit.plan.program import program_costs, traced_flops
+from repkit.plan.program import Bound, program_costs, traced_flops
 from repkit.plan.step import target_devices
 
 KERNEL = re.compile(r'%?([\w.\-]+) = .* custom-call\(.*custom_call_target="tpu_custom_call"')
+BOUNDS: tuple[Bound, ...] = ("least", "most")
 BUNDLE = re.compile(r"^\s*0x[0-9a-f]+\s+(?:[A-Z]+)?\s*:\s*(>*)")
 
 
@@ -88,14 +90,14 @@ def compiled(case: Case, chip: str, dump: Path) -> measure.Row:
     assert clock is not None
     assert memory is not None
     kernels = sum(scheduled_cycles(dump, name, case.turns) for name in KERNEL.findall(text))
-    operations = [program_costs(text, of_a_choice=each).cycles for each in ("cheapest", "dearest")]
+    operations = [program_costs(text, bound).cycles for bound in BOUNDS]
     moved = sum(x.size * x.dtype.itemsize for x in inputs) + sum(inputs[i].size * 2 for i in learned)
     return {
         "chip": chip,
         "clock": clock,
         "operation_cycles": operations,
         "kernel_cycles": kernels,
-        "product_cycles": traced_flops(traced.jaxpr) / CHIPS[chip].flops * clock,
+        "product_cycles": traced_flops(traced.jaxpr, "least") / CHIPS[chip].flops * clock,
         "memory_cycles": moved / CHIPS[chip].memory_bandwidth * clock,
         "temporary_bytes": memory.temp_size_in_bytes,
     }

@@ -30,6 +30,8 @@ _LANES = 128
 """Cells of a row in a register."""
 _MEMORY = 15 * 2**20
 """Bytes that a kernel may have on every TPU."""
+_MOST_PAIRS = 256
+"""Pairs of heads, each of which is written out: the kernel's program grows with them."""
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -347,6 +349,8 @@ def covers(settings: Settings, student: Float[Array, "b hs q k"], teacher: Float
     split = math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
     devices = jax.device_count() if mesh.empty else split
     if settings.kind == "token_kl" or settings.rows_per_block is not None or itemsize > 4 or devices > 1:
+        return False
+    if student_heads * teacher_heads > _MOST_PAIRS:
         return False
     cells = (-(-rows // _FOLDED) * _FOLDED) * (-(-keys // _LANES) * _LANES)
     # What is read and written is there twice, so that one example is fetched while another one is computed.

@@ -6,8 +6,8 @@ The compiler's own count takes the body of a loop once; here it is taken as ofte
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
@@ -95,14 +95,17 @@ class _Instruction(NamedTuple):
     line: str
 
 
-def program_costs(text: str, *, of_a_choice: Literal["dearest", "cheapest"] = "dearest") -> Costs:
-    """Reads the text of a compiled program, as `jax.stages.Compiled.as_text` gives it.
+Bound: TypeAlias = Literal["least", "most"]
+"""Where a program chooses: the cheapest branches, and no turn of a loop whose number of turns is not known; or the
+dearest branches, and one turn."""
 
-    A loop whose number of turns the text does not say is counted once.
+
+def program_costs(text: str, bound: Bound = "most") -> Costs:
+    """Reads the text of a compiled program, as `jax.stages.Compiled.as_text` gives it.
 
     Args:
         text: the program.
-        of_a_choice: which of its branches is counted.
+        bound: what counts where it chooses.
 
     Example:
         >>> text = '''
@@ -116,7 +119,7 @@ def program_costs(text: str, *, of_a_choice: Literal["dearest", "cheapest"] = "d
     computations, entry = _computations(text)
     if not entry:
         return Costs((), 0.0, 0.0)
-    cost = _cost(computations, entry, max if of_a_choice == "dearest" else min, is_fused=False)
+    cost = _cost(computations, entry, bound, is_fused=False)
     found = tuple(Exchange(*kind, times) for kind, times in cost.exchanges.items())
     return Costs(tuple(sorted(found, key=lambda exchange: -exchange.sent)), cost.traffic, cost.cycles)
 
@@ -133,9 +136,7 @@ class _Cost(NamedTuple):
         return _Cost(exchanges, self.traffic + times * other.traffic, self.cycles + times * other.cycles)
 
 
-def _cost(
-    computations: dict[str, list[_Instruction]], name: str, choose: Callable[..., _Cost], *, is_fused: bool
-) -> _Cost:
+def _cost(computations: dict[str, list[_Instruction]], name: str, bound: Bound, *, is_fused: bool) -> _Cost:
     """Of one run of a computation and of all that it calls; the inside of a fused operation has exchanges alone."""
     total = _Cost(Counter(), 0.0, 0.0)
     sizes = {instruction.name: _memory_bytes(instruction.shape) for instruction in computations[name]}
@@ -150,13 +151,16 @@ def _cost(
             total = total.plus(_Cost(Counter(), traffic, float(cycles[1]) if cycles else 0.0))
         inside = is_fused or operation not in ("while", "conditional", "call")
         called = [
-            _cost(computations, other, choose, is_fused=inside)
+            _cost(computations, other, bound, is_fused=inside)
             for other in _called(instruction)
             if other in computations
         ]
         if operation == "conditional" and called:
+            choose = max if bound == "most" else min
             called = [choose(called, key=lambda cost: (cost.cycles, cost.traffic))]
         turns = _turns(computations, name, instruction) if operation == "while" else 1
+        if turns is None:
+            turns = 1 if bound == "most" else 0
         for cost in called:
             total = total.plus(cost, turns)
     return total
@@ -183,20 +187,21 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _turns(computations: dict[str, list[_Instruction]], where: str, loop: _Instruction) -> int:
-    """As the compiler says; that of TPUs does not, but its loops count up by one to a constant in their condition."""
+def _turns(computations: dict[str, list[_Instruction]], where: str, loop: _Instruction) -> int | None:
+    """As the compiler says; that of TPUs does not, but its loops count up by one to a constant in their condition. None
+    where neither is so."""
     if (known := _TRIPS.search(loop.line)) is not None:
         return int(known[1])
     condition = {match["role"]: match["name"] for match in _CALLED.finditer(loop.line)}.get("condition", "")
     test = {each.name: each for each in computations.get(condition, ())}
     last = next((each for each in test.values() if each.line.lstrip().startswith("ROOT")), None)
     if last is None or last.operation != "compare" or "direction=LT" not in last.line:
-        return 1
+        return None
     counter, limit = (test.get(name) for name in _operands(last))
     end = None if limit is None else _CONSTANT.search(limit.line)
     place = None if counter is None else _ELEMENT.search(counter.line)
     if end is None or place is None:
-        return 1
+        return None
     around = {each.name: each for each in computations[where]}
     initial = around.get(_operands(loop)[0])
     first = None if initial is None or initial.operation != "tuple" else around.get(_operands(initial)[int(place[1])])
@@ -241,14 +246,14 @@ def _group(line: str) -> int:
     return int(groups[2]) if groups[2] else len(groups[3].split(","))
 
 
-def traced_flops(jaxpr: Any) -> float:
+def traced_flops(jaxpr: Any, bound: Bound = "most") -> float:
     """Operations of the matrix products and convolutions of a traced program, over all devices.
 
-    A loop counts as often as it runs, what is computed again for a gradient counts again, and of a choice the dearest
-    counts. A loop that may end early counts once.
+    A loop counts as often as it runs, and what is computed again for a gradient counts again.
 
     Args:
         jaxpr: such as `jax.make_jaxpr` gives it.
+        bound: what counts where it chooses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -259,7 +264,7 @@ def traced_flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, parameters = equation.primitive.name, equation.params
-        inner = [traced_flops(other) for value in parameters.values() for other in _jaxprs(value)]
+        inner = [traced_flops(other, bound) for value in parameters.values() for other in _jaxprs(value)]
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
             left = equation.invars[0].aval.shape
@@ -271,7 +276,9 @@ def traced_flops(jaxpr: Any) -> float:
         elif name == "scan":
             total += parameters["length"] * sum(inner)
         elif name == "cond":
-            total += max(inner, default=0.0)
+            total += (max if bound == "most" else min)(inner, default=0.0)
+        elif name == "while":
+            total += sum(inner) if bound == "most" else 0.0
         elif name == "shard_map":
             mesh = parameters["mesh"]
             axes = parameters.get("newly_manual_axes", parameters.get("manual_axes", mesh.axis_names))

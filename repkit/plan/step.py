@@ -42,10 +42,10 @@ class StepPlan:
         flops: operations of its share of the matrix products, recomputation included.
         traffic: bytes that its operations read from memory and write to it, an upper bound.
         exchanges: the collectives.
-        least_seconds: of each kind of work, where every choice takes its cheapest branch. The work of a chip is what
-            the TPU's compiler estimates of its operations, or else its matrix products at the chip's peak rate and its
-            traffic at that of the memory.
-        most_seconds: the same, where every choice takes its dearest branch.
+        least_seconds: of each kind of work, where the program's choices are cheap; see `repkit.plan.program.Bound`. The
+            work of a chip is what the TPU's compiler estimates of its operations, or else its matrix products at the
+            chip's peak rate and its traffic at that of the memory.
+        most_seconds: the same, where they are dear.
         peak_seconds: of the matrix products at the chip's peak rate.
     """
 
@@ -120,7 +120,7 @@ def plan_step(trace: Callable[[Sequence[Any], int], TracedUpdate], topology: Top
         flops=flops,
         traffic=costs.traffic,
         exchanges=costs.exchanges,
-        least_seconds=_seconds(program_costs(text, of_a_choice="cheapest"), chip, flops),
+        least_seconds=_seconds(program_costs(text, "least"), chip, flops),
         most_seconds=_seconds(costs, chip, flops),
         peak_seconds=flops / chip.flops,
     )
