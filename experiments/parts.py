@@ -77,7 +77,7 @@ def study_command(study: Study, description: str | None, arguments: Sequence[str
     parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
     parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--workers", type=int, default=1, help="runs that are made at a time")
+    parser.add_argument("--workers", type=int, help="runs that are made at a time; 1 by default, 2 with --smoke")
     parser.add_argument("--part", choices=study.parts, action="append", help="make runs of this part; may be repeated")
     parser.add_argument(
         "--set",
@@ -95,7 +95,8 @@ def study_command(study: Study, description: str | None, arguments: Sequence[str
         runs,
         [{"part": name, **each} for name in options.part or parts for each in parts[name].all_settings()],
         functools.partial(_make, parts, setup),
-        workers=options.workers,
+        # Tiny runs are tracing and compilation, most of which has one thread.
+        workers=options.workers or (2 if options.smoke else 1),
         minutes=options.minutes,
         tell=_tell,
     )

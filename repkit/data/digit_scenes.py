@@ -53,7 +53,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (the base class declares it as a dict)
+    RELEASE_NOTES = {"1.0.0": "First release.", "1.1.0": "A configuration that has changed."}  # noqa: RUF012 (the base class declares it as a dict)
     # The place of a configuration is part of its seed: new ones come last.
     BUILDER_CONFIGS = [  # noqa: RUF012 (the base class declares it as a list)
         tfds.core.BuilderConfig(name="single", description="One digit: digit, colour, background and place."),
@@ -64,7 +64,11 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(
             name="statements", description="Two pictures, and a statement about both: true or not."
         ),
-        tfds.core.BuilderConfig(name="assignment", description="Two pictures, and the caption of one or of neither."),
+        tfds.core.BuilderConfig(
+            name="assignment",
+            description="Two pictures, and a caption or a detail of one or of neither.",
+            version="1.1.0",  # with details
+        ),
         tfds.core.BuilderConfig(name="entailment", description="A text that the picture entails, contradicts or not."),
         tfds.core.BuilderConfig(name="grounding", description="What is at a place, and where something is."),
     ]
