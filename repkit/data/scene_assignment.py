@@ -11,7 +11,7 @@ half are of any three scenes.
 | form | text |
 |---|---|
 | `caption` | a red seven at the top left and a blue three at the top right on white |
-| `detail` | a red seven; a red seven at the top; a red seven left of a blue three; exactly two digits (red ones) |
+| `detail` | a red seven; a red seven at the top; a red seven left of a blue three; exactly two red digits |
 """
 
 import itertools
