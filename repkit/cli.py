@@ -241,6 +241,9 @@ def _plan(options: argparse.Namespace) -> int:
         if target.shape is not None:
             reason = 'the TPU compiler is not installed (pip install "repkit[tpu]" has it)'
             print(f"repkit: {reason}; simulated devices stand in", file=sys.stderr)
+    else:
+        # A program that was kept can be read back only on the devices that it is for.
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
     from repkit.config import override, replace
     from repkit.plan.step import describe, plan_recipe
