@@ -202,4 +202,6 @@ def batch_share(mesh: Mesh, process_index: int | None = None) -> BatchShare:
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays of this process's share of the rows, see `batch_share`, split over the mesh's batch axes."""
     sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:  # all rows are here, and one call takes a third of the time of many
+        return jax.device_put(dict(batch), sharding)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
