@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -234,8 +234,8 @@ def describe(plan: StepPlan, fits: int | None = None) -> str:
         f"memory traffic       {plan.traffic / 1e9:.2f} GB at most",
         f"time of a step       {_milliseconds(least, most)} ms, an estimate {whose}",
         f"  milliseconds of    {parts}",
-        f"  products alone     {1e3 * plan.peak_seconds:.1f} ms at the chip's peak rate: "
-        f"{100 * plan.peak_seconds / most:.0f} to {100 * plan.peak_seconds / least:.0f} % of it reached",
+        f"  products alone     {1e3 * plan.peak_seconds:.1f} ms at the chip's peak rate, of which the step reaches "
+        f"{_range(f'{100 * plan.peak_seconds / seconds:.0f}' for seconds in (most, least))} %",
         "collectives          bytes left on a device, times a step, devices in a group",
     ]
     lines += [
@@ -282,10 +282,13 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:8.3f} GiB"
 
 
-def _milliseconds(least: float, most: float) -> str:
-    """A range, or one number where both ends are written alike."""
-    both = f"{1e3 * least:.1f}", f"{1e3 * most:.1f}"
-    return both[0] if both[0] == both[1] else " to ".join(both)
+def _milliseconds(*seconds: float) -> str:
+    return _range(f"{1e3 * each:.1f}" for each in seconds)
+
+
+def _range(numbers: Iterable[str]) -> str:
+    """From the first to the last number, or one number where both are written alike."""
+    return " to ".join(dict.fromkeys(numbers))
 
 
 def _megabytes(size: float) -> str:

@@ -52,8 +52,13 @@ def plain(student, teacher, *, kind="kl", temperature=1.0, **options):
     return jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(student), jnp.float32(temperature))
 
 
-@pytest.mark.parametrize("kind", ["mse", "kl"])
-@pytest.mark.parametrize("is_masked", [False, True], ids=["whole", "masked"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_masked"),
+    [("mse", False), ("kl", True), pytest.param("mse", True, marks=slow), pytest.param("kl", False, marks=slow)],
+)
 def test_kernel_is_the_reference(maps, kind, is_masked):
     student, teacher = maps
     where = {"query_where": QUERY_MASK, "key_where": KEY_MASK} if is_masked else {}
@@ -69,6 +74,7 @@ def test_kernel_is_the_reference(maps, kind, is_masked):
     assert of_temperature == pytest.approx(float(slopes[1]), rel=1e-4)
 
 
+@slow
 def test_weights_may_be_held(maps):
     slopes, _ = plain(*maps, alignment_gradient="stopped")
     _, of_student, of_temperature = run(*maps, alignment_gradient="stopped")
@@ -100,6 +106,7 @@ def test_squared_distances_near_zero_are_exact(maps):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@slow
 def test_bfloat16_maps_are_computed_in_float32(maps):
     student, teacher = (jnp.asarray(maps, jnp.bfloat16) for maps in maps)
     found, of_student, _ = run(student, teacher)

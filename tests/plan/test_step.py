@@ -91,7 +91,7 @@ def test_the_time_of_a_step_is_a_range():
     text = describe(plan)
     assert "200.0 to 500.0 ms, an estimate of the TPU compiler's, by operation" in text
     assert "operations 100.0 to 300.0, network 200.0" in text
-    assert "50.0 ms at the chip's peak rate: 10 to 25 % of it reached" in text
+    assert "50.0 ms at the chip's peak rate, of which the step reaches 10 to 25 %" in text
 
 
 def test_topologies():
