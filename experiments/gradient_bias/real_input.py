@@ -88,8 +88,7 @@ class RealInput:
 
     def tables(self, finished: Finished) -> Iterator[str]:
         """For each metric the means, the differences at equal batch sizes, and those at half the batch."""
-        sizes = [size for size in self.batch_sizes if finished(batch_size=size)]
-        methods = [method for method in self.methods if finished(method=method)]
+        sizes, methods = self._compared_sizes(finished), self.methods
         header = ["method", *(f"batch {size}" for size in sizes)]
         for metric, title in METRICS.items() if sizes else ():
             means = [
@@ -106,6 +105,15 @@ class RealInput:
                 half_header = ["method", *(f"{size} minus InfoNCE at {twice}" for size, twice in halves)]
                 yield f"At half the batch, in points:\n\n{markdown_table(half_header, rows)}"
             yield from self._smallest_batches(finished, metric)
+
+    def _compared_sizes(self, finished: Finished) -> list[int]:
+        """The batch sizes with more than one seed of every method, where more are asked for."""
+        seeds = min(2, len(self.seeds))
+        return [
+            size
+            for size in self.batch_sizes
+            if all(len(finished(method=method, batch_size=size)) >= seeds for method in self.methods)
+        ]
 
     def _smallest_batches(self, finished: Finished, metric: str) -> Iterator[str]:
         """The smallest batch at which each of ours reaches InfoNCE at the largest: in the mean, and by the interval."""
@@ -125,16 +133,15 @@ class RealInput:
 
     def draw(self, finished: Finished, setup: Setup) -> None:
         """Each metric by batch size."""
-        if not finished():
+        sizes = self._compared_sizes(finished)
+        if not sizes:
             return
         figure, row = figures.panels(len(METRICS))
         for axes, (metric, title) in zip(row, METRICS.items(), strict=True):
             series = {}
             for method in self.methods:
-                found = {m: finished(method=method, batch_size=m) for m in self.batch_sizes}
-                found = {m: [run.metrics[metric] for run in runs] for m, runs in found.items() if runs}
-                if found:
-                    series[TITLES[method]] = figures.Line(list(found), [interval(each) for each in found.values()])
+                found = [[run.metrics[metric] for run in finished(method=method, batch_size=m)] for m in sizes]
+                series[TITLES[method]] = figures.Line(sizes, [interval(each) for each in found])
             figures.lines(axes, series)
             figures.ticks(axes, self.batch_sizes)
             figures.finish(axes, title=title, x="batch size", y="share right")
