@@ -3,7 +3,7 @@
     python -m experiments.modality_structure                  the whole study: hours; a second call goes on
     python -m experiments.modality_structure --workers 2      the same, two runs at a time
     python -m experiments.modality_structure --part fusion    only this part
-    python -m experiments.modality_structure --smoke          all parts, tiny: about two minutes
+    python -m experiments.modality_structure --smoke          all parts, tiny: about a minute
     python -m experiments.modality_structure --report         the tables and figures of what is finished
 
 Parts: `price`, features that must be equal, in a world whose information is known; `two_tower`, image and text towers
