@@ -24,8 +24,8 @@ STAGES: dict[str, tuple[str, ...]] = {
 """Settings of the recipe by what is learned after the pre-training."""
 
 STARTS = {"statements": "questions"}
-"""What a task starts from where that is not the pre-trained model. Statements are not learned from there in so few steps,
-and not from assignment."""
+"""What a task starts from where that is not the pre-trained model: from there, and from assignment, statements are not
+learned in a few steps."""
 
 METRICS = {
     "questions/vqa_accuracy": "questions: VQA accuracy",
