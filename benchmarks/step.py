@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from repkit.models.two_tower import TwoTowerConfig, two_tower
 from repkit.numerics import reduce_loss
 from repkit.objective import Objective, Term
 from repkit.plan.chips import topology
-from repkit.plan.program import program_costs, traced_flops
+from repkit.plan.program import Exchange, program_costs, traced_flops
 from repkit.plan.step import plan_step
 from repkit.simulation import simulated_devices
 from repkit.train.config import TracedUpdate, TrainConfig, make_optimizer, make_placement, trace_update
@@ -55,11 +55,12 @@ SIZES = {
     "clip_b_16": TwoTowerConfig(image=VIT_B_16, text=CLIP_TEXT_B, embed_dim=512),
     "clip_l_14": TwoTowerConfig(image=VIT_L_14, text=CLIP_TEXT_L, embed_dim=768),
 }
+EMBEDS = ("outputs.image.embeds", "outputs.text.embeds")
 OBJECTIVE = Objective(
     {
         "info_nce": Term(
             losses.info_nce,
-            ("outputs.image.embeds", "outputs.text.embeds"),
+            EMBEDS,
             keywords={"logit_scale": "outputs.logit_scale"},
         )
     }
@@ -72,7 +73,6 @@ def own_pairs(image_embeds: Any, text_embeds: Any, *, where: Any = None, weights
     return reduce_loss(-products, where=where, weights=weights, axis_name=None, reduction=reduction)
 
 
-EMBEDS = ("outputs.image.embeds", "outputs.text.embeds")
 POD_TERMS = {
     "own pairs alone": Term(own_pairs, EMBEDS),
     "info_nce": OBJECTIVE.terms["info_nce"],
@@ -198,18 +198,23 @@ def scaling(options: argparse.Namespace) -> Iterator[Row]:
             devices = jax.devices()[:count]
             traced = trace_update(train, model.init, model.forward, OBJECTIVE, batch, devices, rules=TRANSFORMER_RULES)
             compiled = traced.program.lower().compile()
-            exchanges = program_costs(compiled.as_text() or "").exchanges
-            sent: dict[str, float] = {}
-            for exchange in exchanges:
-                sent[exchange.operation] = sent.get(exchange.operation, 0.0) + exchange.sent
+            sent = megabytes_sent(program_costs(compiled.as_text() or "").exchanges)
             yield {
                 "devices": count,
                 "mesh": name,
                 "GFLOP a device": traced_flops(traced.program.jaxpr) / count / 1e9,
-                "MB sent a device": sum(sent.values()) / 1e6,
-                "of them": {operation: round(size / 1e6, 3) for operation, size in sent.items()},
+                "MB sent a device": sum(sent.values()),
+                "of them": {operation: round(size, 3) for operation, size in sent.items()},
                 "temporary MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
             }
+
+
+def megabytes_sent(exchanges: Iterable[Exchange]) -> dict[str, float]:
+    """What a device sends in one run, by operation."""
+    sent: dict[str, float] = {}
+    for exchange in exchanges:
+        sent[exchange.operation] = sent.get(exchange.operation, 0.0) + exchange.sent / 1e6
+    return sent
 
 
 def _in_subprocess(options: argparse.Namespace) -> Iterator[Row]:
@@ -266,9 +271,7 @@ def pod(options: argparse.Namespace) -> Iterator[Row]:
             return trace_update(train, model.init, model.forward, objective, batch, devices, rules=TRANSFORMER_RULES)
 
         plan = plan_step(trace, place, options.batch)
-        sent: dict[str, float] = {}
-        for exchange in plan.exchanges:
-            sent[exchange.operation] = sent.get(exchange.operation, 0.0) + exchange.sent
+        sent = megabytes_sent(plan.exchanges)
         yield {
             "topology": place.name,
             "loss": name,
@@ -278,7 +281,7 @@ def pod(options: argparse.Namespace) -> Iterator[Row]:
             "fits": plan.fits,
             "TFLOP a device": plan.flops / 1e12,
             "milliseconds (estimate)": [1e3 * each for each in plan.estimated_seconds],
-            "MB sent a device": {operation: round(size / 1e6, 3) for operation, size in sent.items()},
+            "MB sent a device": {operation: round(size, 3) for operation, size in sent.items()},
         }
 
 

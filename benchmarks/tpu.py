@@ -114,6 +114,7 @@ def scheduled_cycles(dump: Path, kernel: str, turns: Sequence[int]) -> float:
 
 
 def table(rows: Sequence[measure.Row]) -> Iterator[str]:
+    """The lines of the table."""
     yield f"{'':<34}{'operations':>20}{'kernel':>9}{'milliseconds':>16}{'products':>10}{'memory':>8}{'temporary':>11}"
     yield f"{'':<34}{'Mcycles':>20}{'Mcycles':>9}{'':>16}{'Mcycles':>10}{'Mcycles':>8}{'MiB':>11}"
     for row in rows:

@@ -86,7 +86,9 @@ def attention_map_alignment(
         query_where: [b q]; False leaves a query's row out of both maps, whatever it holds.
         key_where: [b k]; False leaves a key's column out.
         form: `Blocks()` walks example by example and gives gradients only; its `size` is the query rows of a block, by
-            default all of them unless the maps are very large. "plain" is the formula in JAX's own operations.
+            default all of them unless the maps are very large. Without a size, "mse" and "kl" are a kernel on a TPU
+            where an example's maps fit into a core and the arrays are one device's: inside `shard_map`, as by
+            `over_mesh`, or where there is one device. "plain" is the formula in JAX's own operations.
         where: [b]; False removes the example.
         weights: [b], >= 0; the example's share of the mean.
         axis_name: the axis of `pmap` or `shard_map` that the examples are split over; None when the arrays are global.
