@@ -29,8 +29,8 @@ SPLIT_SIZES: Mapping[str, int] = {"train": 8192, "validation": 512, "test": 512}
 TASK_SPLIT_SIZES: Mapping[str, int] = {"train": 16384, "validation": 512, "test": 1024}
 """Examples of every task. The classes are balanced over four or three of them at a time; a split may end within."""
 
-TRAINING_FACTORS: Mapping[str, int] = {"questions": 4}
-"""Tasks with more training examples than others: questions are of six types, and each has to be learned."""
+TRAINING_FACTORS: Mapping[str, int] = {"questions": 4, "statements": 4}
+"""Tasks with more training examples than others: both are of six forms, and each has to be learned."""
 
 SCENE_SEED = 20
 
@@ -62,7 +62,9 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name="captions", description="A prompt, and four captions."),
         tfds.core.BuilderConfig(name="translation", description="English, and German that says what is to be seen."),
         tfds.core.BuilderConfig(
-            name="statements", description="Two pictures, and a statement about both: true or not."
+            name="statements",
+            description="Two pictures, and a statement about both: true or not.",
+            version="1.1.0",  # with four times as many training examples
         ),
         tfds.core.BuilderConfig(
             name="assignment",
