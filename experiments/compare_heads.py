@@ -148,14 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
     parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--workers", type=int, default=1, help="students that are trained at a time")
+    parser.add_argument("--workers", type=int, help="students that are trained at a time; 1 by default, 2 with --smoke")
     parser.add_argument("--task", choices=MAIN_METRIC, help="only this task")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs")
     options = parser.parse_args(arguments)
     study = smoke(Study()) if options.smoke else Study()
     if options.task:
         study = dataclasses.replace(study, tasks=(options.task,))
-    study = dataclasses.replace(study, common=(*study.common, *options.set), workers=options.workers)
+    study = dataclasses.replace(study, common=(*study.common, *options.set))
+    if options.workers:
+        study = dataclasses.replace(study, workers=options.workers)
     is_complete = options.report or run_all(study, options.minutes)
     print(report(study))
     if not is_complete:

@@ -117,6 +117,7 @@ def smoke(study: Study) -> Study:
         teacher_steps={},
         student=(),
         variations={},
+        workers=2,  # tiny runs are tracing and compilation, most of which has one thread
         smoke=True,
     )
 

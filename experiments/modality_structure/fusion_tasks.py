@@ -17,7 +17,6 @@ RECIPE = Path(__file__).parents[1] / "fusion.py"
 REGULARIZERS: dict[str, tuple[str, ...]] = {"none": (), **STRUCTURES}
 STAGES: dict[str, tuple[str, ...]] = {
     "questions": ("stage=questions", "answers=classified"),
-    "assignment": ("stage=assignment",),
     "statements": ("stage=statements",),
     "entailment": ("stage=entailment",),
 }
@@ -31,7 +30,6 @@ METRICS = {
     "questions/vqa_accuracy": "questions: VQA accuracy",
     "statements/accuracy": "two-image statements",
     "entailment/accuracy": "entailment",
-    "assignment/accuracy": "assignment of a text",
     "retrieval/image_to_text/R@1": "image to text R@1",
     "retrieval/text_to_image/R@1": "text to image R@1",
 }
@@ -55,7 +53,6 @@ class FusionTasks:
         default_factory=lambda: {
             "pretrain": 1000,
             "questions": 1200,
-            "assignment": 600,
             "statements": 1500,
             "entailment": 1000,
         }
