@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from repkit.checks import InputError, require_range
 from repkit.models.capture import NOTHING, Capture
 from repkit.models.decoder import Decoder, DecoderBlock
-from repkit.models.embeddings import embedding, token_logits
+from repkit.models.embeddings import token_logits
 from repkit.models.encoders import Transformer, TransformerConfig, pool, require_positive
 from repkit.models.functional import Batch, Outputs, Params, functional, require_in_batch, restorer
 from repkit.models.generation import Generated, make_generate
@@ -49,7 +49,7 @@ class FusionConfig(TwoTowerConfig):
         matching: whether there is a head that tells whether text and image belong together.
         mask_rate: share of the tokens that the model has to name from the rest and the image; 0 for no such head.
         classes: classes of the classification head; 0 for none.
-        images: images of an example, 1 or 2 (`image` and `second_image`).
+        images: images of an example, 1 or 2 (`image` and `second_image`); two are for the classification head only.
         decoder_depth: blocks of the decoder that generates text; 0 for none.
         max_target_length: longest generated text, in tokens, the end token included; only with a decoder.
         begin_id: the token before a text's first.
@@ -58,7 +58,8 @@ class FusionConfig(TwoTowerConfig):
         mask_id: the token that stands for one to be named.
 
     Raises:
-        InputError: for a value outside these ranges, for towers of two widths, and for a causal text tower.
+        InputError: for a value outside these ranges, for towers of two widths, for a causal text tower, and for two
+            images with a head that reads one.
     """
 
     depth: int
@@ -79,6 +80,11 @@ class FusionConfig(TwoTowerConfig):
         for name, most in (("mask_rate", 1), ("classes", None), ("decoder_depth", None)):
             require_range("FusionConfig", name, getattr(self, name), at_least=0, at_most=most)
         require_range("FusionConfig", "images", self.images, at_least=1, at_most=2)
+        if self.images > 1 and (self.matching or self.mask_rate or self.decoder_depth):
+            raise InputError(
+                "images=2 is for classification: set matching=False, mask_rate=0 and decoder_depth=0, got "
+                f"matching={self.matching}, mask_rate={self.mask_rate}, decoder_depth={self.decoder_depth}"
+            )
         if self.image.width != self.text.width:
             raise InputError(
                 "image.width and text.width of a fusion model must be equal, "
@@ -106,12 +112,17 @@ class Fusion(TwoTower):
 
     As in ALBEF, the towers' contrastive scores choose the hard negatives on which the multimodal encoder learns to
     match, and it fills in masked tokens. Ours are pre-norm blocks, one pass of the multimodal encoder for all pairs of
-    an example, two images as one sequence of image tokens (in ALBEF every block is doubled), a decoder that attends to
-    the image's tokens beside the multimodal ones, and pooling as in the text tower.
+    an example, a decoder that attends to the image's tokens beside the multimodal ones, and pooling as in the text
+    tower. Two images are each read with the text, as one image is, and the classification head compares what comes of
+    them: it takes u, v, |u - v| and u v. (In ALBEF every block is doubled, to attend to both images; ours keeps what
+    the encoder has learned of one image. Reading each by itself is UNITER's "Pair", the comparison InferSent's.)
 
     References:
         Li et al., "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation", arXiv
         2107.07651, sections 3.1, 3.2 and 5.
+        Chen et al., "UNITER: UNiversal Image-TExt Representation Learning", arXiv 1909.11740.
+        Conneau et al., "Supervised Learning of Universal Sentence Representations from Natural Language Inference
+        Data", arXiv 1705.02364.
     """
 
     def __init__(self, config: FusionConfig, *, negatives: DrawNegatives | None, rngs: nnx.Rngs):
@@ -127,10 +138,12 @@ class Fusion(TwoTower):
             self.mask_norm = LayerNorm(width, dtype=dtype, rngs=rngs)
             self.mask_bias = nnx.Param(jnp.zeros(config.text.vocabulary_size, jnp.float32))
         if config.classes:
-            self.class_hidden = Dense(width, width, dtype=jnp.float32, rngs=rngs)
+            # Of another name where it reads two images, so that it is new where the start read one.
+            if config.images == 1:
+                self.class_hidden = Dense(width, width, dtype=jnp.float32, rngs=rngs)
+            else:
+                self.comparison = Dense(4 * width, width, dtype=jnp.float32, rngs=rngs)
             self.class_head = Dense(width, config.classes, dtype=jnp.float32, rngs=rngs)
-        if config.images > 1:
-            self.second_image_kind = embedding(rngs, 1, width, std=0.5)
         if config.decoder_depth:
             self.target_positions = self.text.table(config.max_target_length, rngs)
             self.decoder = Decoder(config.blocks(config.decoder_depth), rngs=rngs)
@@ -139,7 +152,7 @@ class Fusion(TwoTower):
         """What the heads say of whatever is in the batch.
 
         Args:
-            batch: as for `TwoTower`; a model of two images also takes `second_image`, a model with a decoder
+            batch: as for `TwoTower`; a model of two images also needs `second_image`, a model with a decoder takes
                 `source_ids` with `source_mask` in the place of `token_ids` with `token_mask`, and `target_ids` with
                 `target_mask`, the end token included and the begin token not. `caption_id` says which texts are equal,
                 so that they are no negatives, `where` which rows count.
@@ -173,8 +186,11 @@ class Fusion(TwoTower):
             return outputs
 
         text_mask = batch[texts["text"][1]]
-        own = _Pair(tokens["text"], text_mask, self._seen(tokens))
+        own = _Pair(tokens["text"], text_mask, tokens["image"])
         pairs = {"own": own}
+        if self.config.images > 1:
+            require_in_batch(batch, ("second_image",))
+            pairs["second_image"] = own._replace(seen=tokens["second_image"])
         labels, mask = jnp.ones((len(text_mask), 1), jnp.int32), jnp.ones((len(text_mask), 1), bool)
         if self.config.matching and self.negatives is not None and key is not None:
             drawn = self._negatives(batch, outputs, key)
@@ -195,8 +211,7 @@ class Fusion(TwoTower):
             logits = self._named(fused["masked"])
             outputs["masked"] = {"logits": logits, "token_ids": batch["token_ids"], "token_mask": masked.chosen}
         if self.config.classes:
-            hidden = jax.nn.gelu(self.class_hidden(pooled["own"]), approximate=True)
-            outputs["classes"] = {"logits": self.class_head(hidden)}
+            outputs["classes"] = {"logits": self._class_logits(pooled)}
         if self.config.decoder_depth and "target_ids" in batch:
             outputs |= self._decoded(batch, *_context(own, fused["own"]), fold(key, 4))
         return outputs
@@ -206,7 +221,7 @@ class Fusion(TwoTower):
     ) -> Generated:
         """The targets that beam search finds for the sources of a batch; see `beam_search`."""
         _, tokens = self.towers(batch, _IMAGES, _SOURCE, key=None)
-        own = _Pair(tokens["text"], batch["source_mask"], self._seen(tokens))
+        own = _Pair(tokens["text"], batch["source_mask"], tokens["image"])
 
         def embed_at(token_ids: Int[Array, "b beams"], position: Int[Array, ""]) -> Float[Array, "b beams width"]:
             return self.text.embed(token_ids, jax.lax.dynamic_slice_in_dim(self.target_positions[...], position, 1))
@@ -237,13 +252,6 @@ class Fusion(TwoTower):
             key=key,
         )
 
-    def _seen(self, tokens: dict[str, Array]) -> Float[Array, "b n width"]:
-        """The tokens of all images of an example."""
-        if "second_image" not in tokens:
-            return tokens["image"]
-        second = tokens["second_image"] + self.second_image_kind[...].astype(tokens["second_image"].dtype)
-        return jnp.concatenate([tokens["image"], second], axis=1)
-
     def _negatives(
         self, batch: Batch, outputs: Outputs, key: Key[Array, ""]
     ) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
@@ -272,6 +280,15 @@ class Fusion(TwoTower):
         hidden = self.mask_norm(jax.nn.gelu(self.mask_hidden(tokens), approximate=True))
         return self._token_logits(hidden) + self.mask_bias[...]
 
+    def _class_logits(self, pooled: dict[str, Float[Array, "b width"]]) -> Float[Array, "b classes"]:
+        first = pooled["own"]
+        if self.config.images == 1:
+            hidden = self.class_hidden(first)
+        else:
+            second = pooled["second_image"]
+            hidden = self.comparison(jnp.concatenate([first, second, jnp.abs(first - second), first * second], axis=1))
+        return self.class_head(jax.nn.gelu(hidden, approximate=True))
+
     def _decoded(
         self, batch: Batch, context: Float[Array, "b n width"], mask: Bool[Array, "b n"], key: Key[Array, ""] | None
     ) -> Outputs:
@@ -294,7 +311,7 @@ class Fusion(TwoTower):
 
 
 class _Pair(NamedTuple):
-    """A text and the image, or images, that it is read with."""
+    """A text and the image that it is read with."""
 
     tokens: Float[Array, "b l width"]
     mask: Bool[Array, "b l"]
@@ -332,7 +349,8 @@ def fusion(config: FusionConfig, *, negatives: DrawNegatives | None, capture: Ca
             own rows, as in ALBEF. None judges the own pairs only.
         capture: what its layers show beside the outputs of `forward`. Attention layers are
             `image.blocks.I.attention`, `text.blocks.I.attention`, `multimodal.blocks.I.self_attention` and
-            `multimodal.blocks.I.cross_attention`, of which the own pair is shown, and those of `decoder.blocks.I`.
+            `multimodal.blocks.I.cross_attention`, of which the own pair (that of the first image) is shown, and those
+            of `decoder.blocks.I`.
 
     Raises:
         InputError: if a path of `capture` matches nothing.

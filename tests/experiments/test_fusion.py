@@ -69,7 +69,7 @@ def test_statements_start_from_the_assignment_of_texts(pretrained, tmp_path):
     run = train(tmp_path / "statements", f"start={assigned}", "stage=statements")
     before, after = (load_run(path) for path in (assigned, run))
     initial = build(dataclasses.replace(after.config), tmp_path / "new").init(jax.random.key(0))
-    for part in ("image", "multimodal", "class_hidden", "second_image_kind"):
+    for part in ("image", "multimodal", "comparison"):
         jax.tree.map(np.testing.assert_array_equal, initial[part], before.params[part])
     assert before.params["class_head"]["bias"].shape == (3,)
     assert after.params["class_head"]["bias"].shape == (2,)

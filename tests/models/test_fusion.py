@@ -51,7 +51,9 @@ IMAGE = {"image": IMAGES["image"]}
 # The first two rows have equal captions, and the last one does not count.
 IDENTITY = {"caption_id": np.array([7, 7, 1, 2, 3, 4, 5, 6], np.int32), "where": np.arange(ROWS) < ROWS - 1}
 PAIRS = IMAGE | texts("token", 6) | IDENTITY
-TWO = IMAGE | {"second_image": IMAGES["second_image"]} | texts("token", 6)
+IMAGE_OF = {name: {"image": images} for name, images in IMAGES.items()}
+TEXTS = texts("token", 6)
+TWO = IMAGES | TEXTS
 SEQUENCES = IMAGE | texts("source", 6) | texts("target", 5)
 CASES = {"pretraining": (PRETRAINING, PAIRS), "statements": (STATEMENTS, TWO), "answers": (ANSWERS, SEQUENCES)}
 
@@ -178,6 +180,36 @@ def test_each_input_counts():
     assert np.abs(swapped["classes"]["logits"] - statements).max() > 1e-2, "which image is the first counts"
 
 
+def test_two_images_are_compared_as_one_image_is_read():
+    """With all of the comparison's inputs but one zero, what is left is the head of one image, or is symmetric."""
+    one = dataclasses.replace(STATEMENTS, images=1)
+    whole = params(STATEMENTS)
+    kernel = np.asarray(whole["comparison"]["kernel"])
+    width = kernel.shape[0] // 4
+    shared = {name: part for name, part in whole.items() if name != "comparison"}
+    hidden = {"kernel": kernel[:width], "bias": whole["comparison"]["bias"]}
+    swapped = TWO | {"image": TWO["second_image"], "second_image": TWO["image"]}
+    equal = TWO | {"second_image": TWO["image"]}
+    by_one = {
+        place: compiled(one).forward(shared | {"class_hidden": hidden}, IMAGE_OF[place] | TEXTS, None)
+        for place in ("image", "second_image")
+    }
+
+    def logits(place, batch):
+        masked = np.zeros_like(kernel)
+        masked[place * width : (place + 1) * width] = kernel[:width]
+        parameters = whole | {"comparison": whole["comparison"] | {"kernel": masked}}
+        return np.asarray(compiled(STATEMENTS).forward(parameters, batch, None)["classes"]["logits"])
+
+    for place, name in enumerate(("image", "second_image")):
+        np.testing.assert_allclose(logits(place, TWO), by_one[name]["classes"]["logits"], atol=1e-5)
+    for place in (2, 3):
+        np.testing.assert_allclose(logits(place, TWO), logits(place, swapped), atol=1e-5)
+        assert np.ptp(logits(place, TWO), axis=0).max() > 1e-2
+    np.testing.assert_allclose(np.ptp(logits(2, equal), axis=0), 0, atol=1e-5)
+    assert np.ptp(logits(3, equal), axis=0).max() > 1e-2
+
+
 def test_padding_has_no_influence():
     changed = {"token_ids": np.where(PAIRS["token_mask"], PAIRS["token_ids"], 5).astype(np.int32)}
     before, after = forward("pretraining"), forward("pretraining", PAIRS | changed)
@@ -283,12 +315,15 @@ def test_wrong_inputs_are_refused():
         ({"mask_id": PAD}, "mask_id must be a token of its own"),
         ({"mask_id": VOCABULARY}, "mask_id must be in"),
         ({"images": 3}, "expected images >= 1 and <= 2"),
+        ({"images": 2, "matching": False}, "images=2 is for classification: .* got matching=False, mask_rate=0.4"),
         ({"decoder_depth": 1}, "max_target_length must be at least 1"),
     ):
         with pytest.raises(InputError, match=message):
             dataclasses.replace(PRETRAINING, **changes)
     with pytest.raises(InputError, match="the model is one of images=1"):
         forward("pretraining", TWO)
+    with pytest.raises(InputError, match="the batch lacks second_image"):
+        forward("statements", IMAGE | TEXTS)
     short = {name: value for name, value in PAIRS.items() if name != "token_mask"}
     with pytest.raises(InputError, match="lacks token_mask"):
         forward("pretraining", short, jax.random.key(0))
