@@ -23,8 +23,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 """Settings of the recipe by what is learned after the pre-training."""
 
 STARTS = {"statements": "questions"}
-"""What a task starts from where that is not the pre-trained model: from there, and from assignment, statements are not
-learned in a few steps."""
+"""What a task starts from where that is not the pre-trained model: statements compare what questions ask for."""
 
 METRICS = {
     "questions/vqa_accuracy": "questions: VQA accuracy",
@@ -57,7 +56,13 @@ class FusionTasks:
             "entailment": 1000,
         }
     )
-    recipe_settings: tuple[str, ...] = ("model.width=64", "model.heads=4", "model.image_depth=2", "reranked=0")
+    recipe_settings: tuple[str, ...] = (
+        "model.width=64",
+        "model.heads=4",
+        "model.image_depth=2",
+        "train.batch_size=32",
+        "reranked=0",
+    )
     smoke: bool = False
 
     def all_settings(self) -> Iterator[dict[str, Any]]:
