@@ -144,6 +144,7 @@ class RealInput:
                 series[TITLES[method]] = figures.Line(sizes, [interval(each) for each in found])
             figures.lines(axes, series)
             figures.ticks(axes, self.batch_sizes)
+            axes.set_ylim(0, 1)  # an interval of few seeds may reach beyond what a share can be
             figures.finish(axes, title=title, x="batch size", y="share right")
         row[0].legend(fontsize=6, frameon=False)
         figures.save(figure, setup.results / "real_input.png")
