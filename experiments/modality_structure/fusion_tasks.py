@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[1] / "fusion.py"
 REGULARIZERS: dict[str, tuple[str, ...]] = {"none": (), **STRUCTURES}
 STAGES: dict[str, tuple[str, ...]] = {
     "questions": ("stage=questions", "answers=classified"),
-    "statements": ("stage=statements",),
+    "statements": ("stage=statements", "train.batch_size=64"),  # in batches of 32 the loss stays at chance as long
     "entailment": ("stage=entailment",),
 }
 """Settings of the recipe by what is learned after the pre-training."""
@@ -42,7 +42,7 @@ class FusionTasks:
         methods: names of `REGULARIZERS`, in the pre-training.
         seeds: of all its trainings.
         steps: of the pre-training (`pretrain`) and of each task.
-        recipe_settings: of all trainings.
+        recipe_settings: of all trainings, where a stage has none of its own.
         smoke: whether the recipe's smallest setting is taken.
     """
 
@@ -86,8 +86,8 @@ class FusionTasks:
             start = f"start={folder / STARTS.get(stage, 'pretrain')}"
             own = (regularizers,) if stage == "pretrain" else (start, *STAGES[stage])
             schedule = (f"train.steps={steps}", f"train.checkpoint_every={steps}", f"train.seed={settings['seed']}")
-            every = (*schedule, *self.recipe_settings, *setup.changes)
-            recipe_runs.train(RECIPE, folder / stage, (*own, *every), smoke=self.smoke)
+            changes = (*self.recipe_settings, *own, *schedule, *setup.changes)
+            recipe_runs.train(RECIPE, folder / stage, changes, smoke=self.smoke)
             for result in recipe_runs.evaluate(folder / stage):
                 yield from ((f"{result.task}/{name}", value) for name, value in result.metrics.items())
 
