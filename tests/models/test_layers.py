@@ -71,8 +71,7 @@ def test_self_attention_agrees_with_float64_loops(mask):
     output, probabilities = captured(layer, jnp.array(tokens), mask=given)
     expected, expected_map = numpy_attention(layer, tokens, tokens, visible)
     np.testing.assert_allclose(output, expected, atol=1e-5)
-    # Logits of up to 30 are rounded by some 5e-6 in float32, and a probability by a quarter of that at most.
-    np.testing.assert_allclose(probabilities, expected_map, atol=5e-6)
+    np.testing.assert_allclose(probabilities, expected_map, atol=1e-6)
     assert not np.any(np.asarray(probabilities)[~np.broadcast_to(visible[:, None], probabilities.shape)])
 
 
