@@ -16,11 +16,12 @@ from experiments.study import Settings, markdown_table
 RECIPE = Path(__file__).parents[1] / "fusion.py"
 REGULARIZERS: dict[str, tuple[str, ...]] = {"none": (), **STRUCTURES}
 STAGES: dict[str, tuple[str, ...]] = {
+    "pretrain": ("train.learning_rate=2e-3",),  # of half the recipe's width
     "questions": ("stage=questions", "answers=classified"),
-    "statements": ("stage=statements", "train.batch_size=64"),  # in batches of 32 the loss stays at chance as long
+    "statements": ("stage=statements",),
     "entailment": ("stage=entailment",),
 }
-"""Settings of the recipe by what is learned after the pre-training."""
+"""Settings of the recipe by what is learned."""
 
 STARTS = {"statements": "questions"}
 """What a task starts from where that is not the pre-trained model: statements compare what questions ask for."""
@@ -50,17 +51,16 @@ class FusionTasks:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: dict[str, int] = field(
         default_factory=lambda: {
-            "pretrain": 1000,
+            "pretrain": 2000,
             "questions": 1200,
             "statements": 1500,
-            "entailment": 1000,
+            "entailment": 800,
         }
     )
     recipe_settings: tuple[str, ...] = (
         "model.width=64",
         "model.heads=4",
         "model.image_depth=2",
-        "train.batch_size=32",
         "reranked=0",
     )
     smoke: bool = False
@@ -84,7 +84,7 @@ class FusionTasks:
         regularizers = f"regularizers={','.join(REGULARIZERS[settings['method']])}"
         for stage, steps in self.steps.items():
             start = f"start={folder / STARTS.get(stage, 'pretrain')}"
-            own = (regularizers,) if stage == "pretrain" else (start, *STAGES[stage])
+            own = (regularizers if stage == "pretrain" else start, *STAGES[stage])
             schedule = (f"train.steps={steps}", f"train.checkpoint_every={steps}", f"train.seed={settings['seed']}")
             changes = (*self.recipe_settings, *own, *schedule, *setup.changes)
             recipe_runs.train(RECIPE, folder / stage, changes, smoke=self.smoke)

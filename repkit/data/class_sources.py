@@ -6,7 +6,7 @@ Questions become such a task by their answers: the most frequent answers of the 
 import collections
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -110,7 +110,7 @@ class TfdsClassSource:
 
     def __getitem__(self, index: int) -> ClassRecord:
         example = self._examples[index]
-        text, label = self.labelled_text(index)
+        text, label = _labelled_text(example)
         record = ClassRecord(
             image=example["image"],
             text=text,
@@ -126,8 +126,11 @@ class TfdsClassSource:
         return record
 
     def labelled_text(self, index: int) -> LabelledText:
-        example = self._examples[index]
-        return LabelledText(decoded_text(example["text"]), int(example["label"]))
+        return _labelled_text(self._examples[index])
+
+
+def _labelled_text(example: Mapping[str, Any]) -> LabelledText:
+    return LabelledText(decoded_text(example["text"]), int(example["label"]))
 
 
 class ListedClassSource:

@@ -90,7 +90,7 @@ class TfdsSequenceSource:
 
     def __getitem__(self, index: int) -> SequenceRecord:
         example = self._examples[index]
-        source, targets = self.texts(index)
+        source, targets = _texts(example)
         record = SequenceRecord(
             image=example["image"],
             source_text=source,
@@ -105,8 +105,11 @@ class TfdsSequenceSource:
         return record
 
     def texts(self, index: int) -> Texts:
-        example = self._examples[index]
-        return Texts(decoded_text(example["source_text"]), decoded_texts(example["target_texts"]))
+        return _texts(self._examples[index])
+
+
+def _texts(example: Mapping[str, Any]) -> Texts:
+    return Texts(decoded_text(example["source_text"]), decoded_texts(example["target_texts"]))
 
 
 class ListedTexts(NamedTuple):
