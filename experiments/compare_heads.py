@@ -37,7 +37,7 @@ from experiments.head_study import (
 )
 from experiments.head_tables import report
 from experiments.study import Run, Runs, run_missing
-from repkit.cli import main as repkit_command
+from repkit.trained import load_run
 
 RECIPE = Path(__file__).with_name("head_alignment.py")
 
@@ -110,12 +110,10 @@ def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
         other heads, from which one-to-one distillation does not learn; `teacher`, the cosine of two different heads
         of the teacher.
     """
-    folder = student_folder(study, student_of(settings))
-    with _log(folder).open("a") as log, contextlib.redirect_stdout(log):
-        code = repkit_command(["plot", str(folder)])
-    if code:
-        raise SystemExit(code)
-    cosines = json.loads((folder / "figures" / HEADS_FILE).read_text())
+    run = load_run(student_folder(study, student_of(settings)))
+    run.directory.figures.mkdir(exist_ok=True)
+    run.experiment.figures(run.params, run.directory.figures)
+    cosines = json.loads((run.directory.figures / HEADS_FILE).read_text())
     of: dict[str, list[float]] = {}
     for name, values in cosines["student"].items():
         best = np.max(values, axis=1)

@@ -580,19 +580,28 @@ class HeadCosines(NamedTuple):
 def compare_with_teacher(config: Config, params: Any, batch: Any, tokenizer: Tokenizer) -> HeadCosines:
     """The heads of a student of these settings and parameters beside those of its teacher."""
     teacher = load_run(cast(str, config.teacher))
+    pairs = {
+        kind: match_layers(*(_layers(kind, model) for model in (config.model, teacher.config.model)))
+        for kind in config.distillation.kinds
+    }
+    of_student, of_teacher = (
+        list(dict.fromkeys(pair[side] for of_kind in pairs.values() for pair in of_kind)) for side in (0, 1)
+    )
+    student_maps, masks = _maps(config, params, of_student, batch, tokenizer)
+    teacher_maps, _ = _maps(teacher.config, teacher.params, of_teacher, batch, tokenizer)
     cosines = HeadCosines({}, {})
-    for kind in config.distillation.kinds:
+    for kind, of_kind in pairs.items():
         _, queries, keys = LAYERS[kind]
-        pairs = match_layers(*(_layers(kind, model) for model in (config.model, teacher.config.model)))
-        student_maps, masks = _maps(config, params, [pair[0] for pair in pairs], batch, tokenizer)
-        teacher_maps, _ = _maps(teacher.config, teacher.params, [pair[1] for pair in pairs], batch, tokenizer)
         valid = {"query_where": masks[queries], "key_where": masks[keys], "where": jnp.asarray(batch["where"])}
-        for index, (student_layer, teacher_layer) in enumerate(pairs):
+        for index, (student_layer, teacher_layer) in enumerate(of_kind):
             place = _layers(kind, teacher.config.model).index(teacher_layer)
             student, own = student_maps[student_layer], teacher_maps[teacher_layer]
-            cosines.student[f"{kind}: layer {place} and {index}"] = np.asarray(head_cosines(student, own, **valid))
-            cosines.teacher[f"{kind}: layer {place}"] = np.asarray(head_cosines(own, own, **valid))
+            cosines.student[f"{kind}: layer {place} and {index}"] = np.asarray(_head_cosines(student, own, **valid))
+            cosines.teacher[f"{kind}: layer {place}"] = np.asarray(_head_cosines(own, own, **valid))
     return cosines
+
+
+_head_cosines = jax.jit(head_cosines)
 
 
 def _layers(kind: Kind, model: ModelConfig) -> list[str]:
@@ -603,6 +612,6 @@ def _layers(kind: Kind, model: ModelConfig) -> list[str]:
 def _maps(
     config: Config, params: Any, layers: list[str], batch: Any, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = _model(config, tokenizer, Capture(maps=tuple(dict.fromkeys(layers))))
+    model = _model(config, tokenizer, Capture(maps=tuple(layers)))
     outputs = jax.jit(model.forward)(_own_params(params), batch, None)
     return outputs["attention"], outputs["masks"]
