@@ -266,16 +266,21 @@ def _split(config: Config, split: str) -> str:
 def _pairs(config: Config, split: str) -> Source:
     if config.scenes == "pairs":
         return digit_scenes_source("pairs", _split(config, split), config.directory)
-    return _CaptionedScenes(scene_task_source("captions", _split(config, split), config.directory))
+    return _CaptionedScenes(_task_source("captions", _split(config, split), config.directory))
 
 
 def _sequences(config: Config, split: str) -> SequenceSource:
-    return scene_task_source(config.stage, _split(config, split), config.directory)
+    return _task_source(config.stage, _split(config, split), config.directory)
+
+
+# Sources keep what they have parsed, and every stage is read for the language: a study's later runs read nothing again.
+_task_source = functools.cache(scene_task_source)
+_class_source = functools.cache(scene_class_source)
 
 
 @functools.cache
 def _answers(split: str, directory: str | None) -> list[str]:
-    return common_answers(scene_task_source("questions", split, directory), count=MOST_ANSWERS)
+    return common_answers(_task_source("questions", split, directory), count=MOST_ANSWERS)
 
 
 def _classes(config: Config, split: str, *, shown: bool = False) -> ClassSource:
@@ -283,7 +288,7 @@ def _classes(config: Config, split: str, *, shown: bool = False) -> ClassSource:
     examples = _shown(config) if shown else config
     if config.stage == "questions":
         return questions_as_classes(_sequences(examples, split), _answers(_split(config, "train"), config.directory))
-    return scene_class_source(config.stage, _split(examples, split), config.directory)
+    return _class_source(config.stage, _split(examples, split), config.directory)
 
 
 def _image_size(config: Config) -> int:

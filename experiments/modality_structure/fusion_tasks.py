@@ -18,7 +18,8 @@ REGULARIZERS: dict[str, tuple[str, ...]] = {"none": (), **STRUCTURES}
 STAGES: dict[str, tuple[str, ...]] = {
     "pretrain": ("train.learning_rate=2e-3",),  # of half the recipe's width
     "questions": ("stage=questions", "answers=classified"),
-    "statements": ("stage=statements",),
+    # At the recipe's rate some models collapse before they have learned anything of statements.
+    "statements": ("stage=statements", "train.learning_rate=5e-4", "train.warmup_steps=100"),
     "entailment": ("stage=entailment",),
 }
 """Settings of the recipe by what is learned."""
@@ -53,7 +54,7 @@ class FusionTasks:
         default_factory=lambda: {
             "pretrain": 2000,
             "questions": 1200,
-            "statements": 1500,
+            "statements": 1200,
             "entailment": 800,
         }
     )

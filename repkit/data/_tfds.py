@@ -10,7 +10,7 @@ from typing import Any
 
 from repkit.checks import InputError, unknown_name
 
-MOST_KEPT_BYTES = 64 * 2**20
+MOST_KEPT_BYTES = 128 * 2**20
 """TFDS data sets up to this size are kept in memory once read, still encoded."""
 
 
