@@ -2,7 +2,7 @@
 
     python -m experiments.compare_heads            the whole study: hours; what is finished is not made again
     python -m experiments.compare_heads --workers 2    the same, two students at a time
-    python -m experiments.compare_heads --smoke    all of its parts, tiny: some minutes
+    python -m experiments.compare_heads --smoke    all of its parts, tiny: about a minute
     python -m experiments.compare_heads --report   the tables and figures of what is finished
 
 Every run is a `repkit train experiments/head_alignment.py` and its evaluation on test scenes, whose strokes no training

@@ -580,7 +580,7 @@ class HeadCosines(NamedTuple):
 def compare_with_teacher(config: Config, params: Any, batch: Any, tokenizer: Tokenizer) -> HeadCosines:
     """The heads of a student of these settings and parameters beside those of its teacher."""
     teacher = load_run(cast(str, config.teacher))
-    pairs = {
+    pairs: dict[Kind, tuple[tuple[str, str], ...]] = {
         kind: match_layers(*(_layers(kind, model) for model in (config.model, teacher.config.model)))
         for kind in config.distillation.kinds
     }
