@@ -37,6 +37,7 @@ from experiments.head_study import (
 )
 from experiments.head_tables import report
 from experiments.study import Run, Runs, run_missing
+from repkit.checks import InputError
 from repkit.trained import load_run
 
 RECIPE = Path(__file__).with_name("head_alignment.py")
@@ -110,9 +111,12 @@ def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
         other heads, from which one-to-one distillation does not learn; `teacher`, the cosine of two different heads
         of the teacher.
     """
-    run = load_run(student_folder(study, student_of(settings)))
-    run.directory.figures.mkdir(exist_ok=True)
-    run.experiment.figures(run.params, run.directory.figures)
+    try:
+        run = load_run(student_folder(study, student_of(settings)))
+        run.directory.figures.mkdir(exist_ok=True)
+        run.experiment.figures(run.params, run.directory.figures)
+    except InputError as error:
+        raise SystemExit(f"repkit: {error}") from error
     cosines = json.loads((run.directory.figures / HEADS_FILE).read_text())
     of: dict[str, list[float]] = {}
     for name, values in cosines["student"].items():
