@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from repkit.checks import InputError
+from repkit.train.memory import share_one_heap
 
 Settings = Mapping[str, Any]
 
@@ -128,7 +129,12 @@ def run_missing(
 
 
 def _begin_worker(places: "multiprocessing.Queue[int]", workers: int, parent: int) -> None:
-    """Leaves a worker the processors that are its own (XLA makes as many threads), and lets it end with its parent."""
+    """Leaves a worker the processors that are its own (XLA makes as many threads), and lets it end with its parent.
+
+    Its threads share a heap from the start: what is freed in a heap of a thread's own goes back to the operating
+    system, and clearing fresh pages took a seventh of the training of small models.
+    """
+    share_one_heap()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
