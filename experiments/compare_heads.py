@@ -11,7 +11,6 @@ every run as a JSON line, the tables, and the figures.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +25,7 @@ import numpy as np
 from experiments import recipe_runs
 from experiments.head_alignment import HEADS_FILE, MAIN_METRIC
 from experiments.head_study import (
+    METRIC_TITLES,
     PRETRAINING_TASK,
     Study,
     looked_at,
@@ -36,22 +36,23 @@ from experiments.head_study import (
     teacher_folder,
 )
 from experiments.head_tables import report
+from experiments.parts import add_study_options, changed_folder, told
 from experiments.study import Run, Runs, run_missing
-from repkit.checks import InputError
 from repkit.trained import load_run
 
 RECIPE = Path(__file__).with_name("head_alignment.py")
 
 
-def run_all(study: Study, minutes: float) -> bool:
-    """Makes the runs that are missing, as many as begin within the minutes; whether all are there."""
+def run_all(study: Study, *, minutes: float = float("inf"), task: str | None = None) -> bool:
+    """Makes the runs that are missing, all or those of a task, as many as begin in time; whether all are there."""
     recipe_runs.keep_programs(study.work / "programs")
     if study.smoke:
         recipe_runs.compile_quickly()
     end = time.monotonic() + 60 * minutes
     runs = Runs(study.results / "runs.jsonl")
     make = functools.partial(train_student, study)
-    for students in phases(study):
+    for phase in phases(study):
+        students = _of_task(phase, task)
         for settings in {(each["task"], each["pretrained"]): each for each in students if each not in runs}.values():
             if time.monotonic() > end:
                 return False
@@ -61,7 +62,11 @@ def run_all(study: Study, minutes: float) -> bool:
             return False
     left = (end - time.monotonic()) / 60
     measure = functools.partial(measure_heads, study)
-    return run_missing(runs, list(looked_at(study)), measure, workers=study.workers, minutes=left)
+    return run_missing(runs, _of_task(looked_at(study), task), measure, workers=study.workers, minutes=left)
+
+
+def _of_task(settings: Iterable[dict[str, Any]], task: str | None) -> list[dict[str, Any]]:
+    return [each for each in settings if task in (None, each["task"])]
 
 
 def _tell(run: Run) -> None:
@@ -77,7 +82,7 @@ def train_teacher(study: Study, runs: Runs, task: str, *, pretrained: bool) -> P
     if settings not in runs or not (folder / "results.jsonl").exists():
         own = study.pretraining if task == PRETRAINING_TASK else study.teacher
         steps = [f"train.steps={study.teacher_steps[task]}"] if task in study.teacher_steps else []
-        train(study, folder, [f"task={task}", *start, *own, *steps])
+        train(study, folder, [f"task={task}", *start], [*own, *steps])
         runs.run(settings, lambda: evaluate(folder))
     return folder
 
@@ -90,16 +95,9 @@ def train_student(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
     own = [f"task={settings['task']}", "role=student", f"teacher={teacher}", f"method={method}"]
     own += [f"distillation.{setting}" for setting in distillation]
     own += [f"model.heads={settings['heads']}", f"train.seed={settings['seed']}"]
-    own += [f"distillation.cache={teacher / 'said'}", "targets=commonest"]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lines of several students at a time would be mixed up.
-    with _log(folder).open("a") as log, contextlib.redirect_stdout(log):
-        train(study, folder, [*own, *study.student])
+    with recipe_runs.logged(folder):
+        train(study, folder, own, [f"distillation.cache={teacher / 'said'}", "targets=commonest", *study.student])
         return evaluate(folder)
-
-
-def _log(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}.log"  # a name may hold a dot
 
 
 def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -111,12 +109,9 @@ def measure_heads(study: Study, settings: Mapping[str, Any]) -> dict[str, float]
         other heads, from which one-to-one distillation does not learn; `teacher`, the cosine of two different heads
         of the teacher.
     """
-    try:
-        run = load_run(student_folder(study, student_of(settings)))
-        run.directory.figures.mkdir(exist_ok=True)
-        run.experiment.figures(run.params, run.directory.figures)
-    except InputError as error:
-        raise SystemExit(f"repkit: {error}") from error
+    run = load_run(student_folder(study, student_of(settings)))
+    run.directory.figures.mkdir(exist_ok=True)
+    run.experiment.figures(run.params, run.directory.figures)
     cosines = json.loads((run.directory.figures / HEADS_FILE).read_text())
     of: dict[str, list[float]] = {}
     for name, values in cosines["student"].items():
@@ -134,9 +129,10 @@ def _kind(name: str) -> str:
     return name.partition(":")[0]
 
 
-def train(study: Study, folder: Path, settings: Iterable[str]) -> None:
-    """Trains the recipe with these settings, to the end."""
-    recipe_runs.train(RECIPE, folder, (*study.common, *settings), smoke=study.smoke)
+def train(study: Study, folder: Path, own: Sequence[str], defaults: Sequence[str]) -> None:
+    """Trains the recipe to the end; `own` and `defaults` as for `recipe_runs.changed`."""
+    settings = recipe_runs.changed(own, (*study.common, *defaults), study.changes)
+    recipe_runs.train(RECIPE, folder, settings, smoke=study.smoke)
 
 
 def evaluate(folder: Path) -> dict[str, float]:
@@ -145,26 +141,25 @@ def evaluate(folder: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is missing, writes the report, and returns 0 when the study is complete."""
+    """Makes the runs that are missing, writes the report, and returns 0; 2 after a message of what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
-    parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--workers", type=int, help="students that are trained at a time; 1 by default, 2 with --smoke")
-    parser.add_argument("--task", choices=MAIN_METRIC, help="only this task")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs")
+    add_study_options(parser)
+    parser.add_argument("--task", choices=METRIC_TITLES, help="make runs of this task only")
     options = parser.parse_args(arguments)
+    return told(functools.partial(_make_and_report, options))
+
+
+def _make_and_report(options: argparse.Namespace) -> None:
     study = smoke(Study()) if options.smoke else Study()
-    if options.task:
-        study = dataclasses.replace(study, tasks=(options.task,))
-    study = dataclasses.replace(study, common=(*study.common, *options.set))
+    if options.set:
+        work = changed_folder(study.work, options.set)
+        study = dataclasses.replace(study, work=work, results=work / "results", changes=tuple(options.set))
     if options.workers:
         study = dataclasses.replace(study, workers=options.workers)
-    is_complete = options.report or run_all(study, options.minutes)
+    is_complete = options.report or run_all(study, minutes=options.minutes, task=options.task)
     print(report(study))
     if not is_complete:
         print("Not complete; call again to go on.")
-    return 0
 
 
 if __name__ == "__main__":

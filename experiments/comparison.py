@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from experiments.study import Interval, Run, interval, markdown_table, paired_difference
+from experiments.study import Interval, Run, markdown_table, metric_interval, paired_difference
 
 
 def mean(runs: Sequence[Run], metric: str) -> str:
@@ -11,14 +11,14 @@ def mean(runs: Sequence[Run], metric: str) -> str:
     >>> mean([Run({"seed": seed}, {"R@1": value}) for seed, value in enumerate((0.5, 0.51))], "R@1")
     '50.5 ± 6.4'
     """
-    return interval([run.metrics[metric] for run in runs]).percent() if runs else ""
+    return metric_interval(runs, metric).percent() if runs else ""
 
 
-def difference(ours: Sequence[Run], baseline: Sequence[Run], metric: str) -> Interval | None:
-    """`ours - baseline` by seed; None before both have two seeds in common."""
-    if len({run.settings["seed"] for run in ours} & {run.settings["seed"] for run in baseline}) < 2:
+def difference(runs: Sequence[Run], baseline: Sequence[Run], metric: str) -> Interval | None:
+    """`runs - baseline` by seed; None before both have two seeds in common."""
+    if len({run.settings["seed"] for run in runs} & {run.settings["seed"] for run in baseline}) < 2:
         return None
-    return paired_difference(ours, baseline, metric)
+    return paired_difference(runs, baseline, metric)
 
 
 def difference_tables(

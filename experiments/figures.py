@@ -1,4 +1,4 @@
-"""Figures of the studies: curves with intervals, courses of a training, and points beside a bound."""
+"""What the figures of the studies share: panels, curves with intervals, and style."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

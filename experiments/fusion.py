@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from repkit import losses, plots
-from repkit.checks import InputError
+from repkit.checks import InputError, require_range
 from repkit.data.class_sources import (
     IMAGE_NAMES,
     ClassSource,
@@ -32,12 +32,12 @@ from repkit.data.pipeline import Batches, caption_table, make_batches, make_clas
 from repkit.data.scene_classes import CLASS_TASKS
 from repkit.data.scene_demands import TASK_IMAGE_SIZE
 from repkit.data.scenes import IMAGE_SIZES
-from repkit.data.sequence_sources import SequenceSource, scene_task_source
+from repkit.data.sequence_sources import AsTokenized, SequenceSource, scene_task_source
 from repkit.data.sources import Record, Source, digit_scenes_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from repkit.evaluate.classification import ClassLogits, class_logits, evaluate_classes
 from repkit.evaluate.embed import embed, token_batches
-from repkit.evaluate.generation import evaluate_answers, evaluate_captions, generate_texts
+from repkit.evaluate.generation import Records, evaluate_answers, evaluate_captions, generate_texts
 from repkit.evaluate.reranking import evaluate_reranked_retrieval, matching_judge
 from repkit.evaluate.results import Result
 from repkit.evaluate.retrieval import evaluate_retrieval
@@ -57,7 +57,7 @@ Stage = Literal["pretrain", "retrieval", "questions", "captions", "assignment", 
 Scenes = Literal["captions", "pairs"]
 Regularizer = Literal["feature_separation", "brownian_bridge", "geometric_consistency"]
 
-TOKENIZER_FILE, LONGEST_FILE = "tokenizer.json", "longest_texts.json"
+TOKENIZER_FILE, INPUTS_FILE = "tokenizer.json", "inputs.json"
 VOCABULARY_SIZE = 512
 MOST_TOKENS = 64
 """Rows of the position tables: the same for all stages, so that one can start from another."""
@@ -177,10 +177,10 @@ def smoke(config: Config) -> Config:
 def build(config: Config, directory: Path) -> Experiment:
     """Assembles the run; reads the tokenizer from the run directory, or from that of the start."""
     _check(config)
-    language = _language(config, directory)
-    model = _model(config, language.tokenizer)
+    inputs = _inputs(config, directory)
+    model = _model(config, inputs)
     make_stage = _matched if config.stage in MATCHED else _generated if _is_generated(config) else _classified
-    stage = make_stage(config, language, model)
+    stage = make_stage(config, inputs, model)
 
     def validate(params: Any) -> dict[str, float]:
         metrics = stage.validate(params)
@@ -200,7 +200,7 @@ def build(config: Config, directory: Path) -> Experiment:
         best_metric=f"validation/{MAIN_METRIC[config.stage]}",
         evaluate=evaluate,
         figures=stage.figures,
-        save=language.save,
+        save=inputs.save,
         sharding_rules=TRANSFORMER_RULES,
         teacher=(lambda: MomentumTeacher(model.forward)) if config.stage in MATCHED else None,
     )
@@ -216,24 +216,9 @@ def _check(config: Config) -> None:
         raise InputError(f"stage={config.stage} learns from a momentum teacher; set train.ema_decay, such as 0.995")
     if config.stage not in MATCHED and config.regularizers:
         raise InputError(f"regularizers are terms of stage={' and stage='.join(MATCHED)}, got stage={config.stage}")
-    if config.start is None:
-        return
-    start = _start_config(config.start)
-    for name in ("patch_size", "width", "heads", "image_depth", "text_depth", "fusion_depth", "embed_dim"):
-        here, there = getattr(config.model, name), getattr(start.model, name)
-        if here != there:
-            raise InputError(f"start={config.start} has model.{name}={there}, here it is {here}")
-    if _image_size(config) != _image_size(start):
-        raise InputError(
-            f"start={config.start} has images of {_image_size(start)} pixels, here they have {_image_size(config)}; "
-            f"set image_size={_image_size(start)}"
-        )
-
-
-@functools.cache
-def _start_config(path: str) -> Config:
-    _, config = RunDirectory(Path(path)).load()
-    return config
+    for name, at_least in (("examples", 1), ("beams", 1), ("reranked", 0), ("regularizer_weight", 0)):
+        require_range("fusion", name, getattr(config, name), at_least=at_least)
+    require_range("fusion", "contrast.queue", config.contrast.queue, at_least=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,45 +276,67 @@ def _classes(config: Config, split: str, *, shown: bool = False) -> ClassSource:
     return _class_source(config.stage, _split(examples, split), config.directory)
 
 
-def _image_size(config: Config) -> int:
-    if config.image_size is not None:
-        return config.image_size
-    if config.start is not None:
-        return _image_size(_start_config(config.start))
-    return IMAGE_SIZES["pairs"] if config.stage in MATCHED and config.scenes == "pairs" else TASK_IMAGE_SIZE
-
-
-class _Language(NamedTuple):
-    """How texts become tokens; the same for all stages that start from one another.
+class _Inputs(NamedTuple):
+    """What texts and images become for the model; the same for all stages that start from one another.
 
     Attributes:
         tokenizer: of the texts of all stages.
         longest: stage -> tokens of the longest text that is read, and of the longest that is generated.
+        image_size: height and width of the images.
     """
 
     tokenizer: Tokenizer
     longest: Mapping[str, tuple[int, int]]
+    image_size: int
 
     def save(self, folder: Path) -> None:
-        """Writes what `_language` reads."""
+        """Writes what `load` reads."""
         self.tokenizer.save(folder / TOKENIZER_FILE)
-        (folder / LONGEST_FILE).write_text(json.dumps(self.longest) + "\n")
+        written = {"image_size": self.image_size, "longest_texts": self.longest}
+        (folder / INPUTS_FILE).write_text(json.dumps(written) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "_Inputs":
+        """Those of the run in this folder."""
+        if not (folder / INPUTS_FILE).exists():
+            raise InputError(f"there is no {INPUTS_FILE} in '{folder}': its training has not begun")
+        stored = json.loads((folder / INPUTS_FILE).read_text())
+        longest = {stage: (read, generated) for stage, (read, generated) in stored["longest_texts"].items()}
+        return cls(load_tokenizer(folder / TOKENIZER_FILE), longest, stored["image_size"])
 
 
-def _language(config: Config, directory: Path) -> _Language:
-    """The run's own, or that of the run to start from; else a new one, from the texts of all stages."""
-    for path in (directory, config.start):
-        if path is not None and (Path(path) / LONGEST_FILE).exists():
-            stored = json.loads((Path(path) / LONGEST_FILE).read_text())
-            longest = {stage: (read, generated) for stage, (read, generated) in stored.items()}
-            return _Language(load_tokenizer(Path(path) / TOKENIZER_FILE), longest)
+def _inputs(config: Config, directory: Path) -> _Inputs:
+    """The run's own, for which its start need no longer be there; else those of the start, or new ones."""
+    if (directory / INPUTS_FILE).exists():
+        return _Inputs.load(directory)
+    if config.start is not None:
+        return _start_inputs(config, Path(config.start))
+    own_size = IMAGE_SIZES["pairs"] if config.stage in MATCHED and config.scenes == "pairs" else TASK_IMAGE_SIZE
     # Of those settings alone that the texts depend on.
-    return _new_language(Config(scenes=config.scenes, examples=config.examples, directory=config.directory))
+    texts = Config(scenes=config.scenes, examples=config.examples, directory=config.directory)
+    return _Inputs(*_language(texts), own_size if config.image_size is None else config.image_size)
+
+
+def _start_inputs(config: Config, start: Path) -> _Inputs:
+    # Read as a run of this recipe, so that one of another is refused.
+    _, there = RunDirectory(start).load(Path(__file__))
+    for name in ("patch_size", "width", "heads", "image_depth", "text_depth", "fusion_depth", "embed_dim"):
+        if getattr(config.model, name) != getattr(there.model, name):
+            raise InputError(
+                f"start={start} has model.{name}={getattr(there.model, name)}, here it is {getattr(config.model, name)}"
+            )
+    inputs = _Inputs.load(start)
+    if config.image_size not in (None, inputs.image_size):
+        raise InputError(
+            f"start={start} has images of {inputs.image_size} pixels, here they have {config.image_size}; "
+            f"set image_size={inputs.image_size}"
+        )
+    return inputs
 
 
 @functools.cache
-def _new_language(config: Config) -> _Language:
-    """From the texts of all stages, which is what takes longest before a training; a study asks for it in every run."""
+def _language(config: Config) -> tuple[Tokenizer, Mapping[str, tuple[int, int]]]:
+    """Tokenizer and longest texts of all stages: what takes longest before a training, and a study has many."""
     texts = {stage: _texts(replace(config, stage=stage)) for stage in get_args(Stage)}
     everything = sorted({text for sides in texts.values() for side in sides for text in side})
     tokenizer = train_tokenizer(everything, vocab_size=VOCABULARY_SIZE)
@@ -337,10 +344,8 @@ def _new_language(config: Config) -> _Language:
     def tokens_of_longest(texts: set[str]) -> int:
         return int(tokenizer.encode(sorted(texts), MOST_TOKENS)[1].sum(axis=1).max(initial=0))
 
-    return _Language(
-        tokenizer,
-        {stage: (tokens_of_longest(read), tokens_of_longest(written)) for stage, (read, written) in texts.items()},
-    )
+    longest = {stage: (tokens_of_longest(read), tokens_of_longest(written)) for stage, (read, written) in texts.items()}
+    return tokenizer, longest
 
 
 def _texts(config: Config) -> tuple[set[str], set[str]]:
@@ -359,14 +364,14 @@ def _texts(config: Config) -> tuple[set[str], set[str]]:
 # Model
 
 
-def _model(config: Config, tokenizer: Tokenizer) -> FusionModel:
-    model, generates = config.model, _is_generated(config)
+def _model(config: Config, inputs: _Inputs) -> FusionModel:
+    model, tokenizer, generates = config.model, inputs.tokenizer, _is_generated(config)
     task = None if generates or config.stage in MATCHED else _classes(config, "train")
     shared = {"width": model.width, "heads": model.heads, "dropout": model.dropout, "dtype": model.dtype}
     return fusion(
         FusionConfig(
             image=VisionConfig(
-                image_size=_image_size(config),
+                image_size=inputs.image_size,
                 patch_size=model.patch_size,
                 depth=model.image_depth,
                 patches="normalized",
@@ -482,12 +487,12 @@ class _StageParts(NamedTuple):
     figures: Callable[[Any, Path], list[Path]]
 
 
-def _batch_options(config: Config, *, training: bool) -> dict[str, Any]:
+def _batch_options(config: Config, image_size: int, *, training: bool) -> dict[str, Any]:
     # Every process evaluates all examples, on its own.
     share = data_share(config.train) if training else WHOLE_BATCH
     return {
         "batch_size": config.train.batch_size if training else EVALUATION_BATCH,
-        "image_size": _image_size(config),
+        "image_size": image_size,
         "shuffle": training,
         "repeat": training,
         "seed": config.train.seed,
@@ -496,12 +501,12 @@ def _batch_options(config: Config, *, training: bool) -> dict[str, Any]:
     }
 
 
-def _matched(config: Config, language: _Language, model: FusionModel) -> _StageParts:
+def _matched(config: Config, inputs: _Inputs, model: FusionModel) -> _StageParts:
     """Pairs of images and captions, measured by retrieval, from the embeddings alone and put into order by matching."""
-    tokenizer, (max_length, _) = language.tokenizer, language.longest[config.stage]
+    tokenizer, (max_length, _) = inputs.tokenizer, inputs.longest[config.stage]
 
     def batches(source: Source, *, training: bool) -> Batches:
-        options = _batch_options(config, training=training)
+        options = _batch_options(config, inputs.image_size, training=training)
         return make_batches(source, tokenizer=tokenizer, max_length=max_length, **options)
 
     def metrics(params: Any, source: Source, *, reranked: int) -> dict[str, dict[str, float]]:
@@ -520,8 +525,7 @@ def _matched(config: Config, language: _Language, model: FusionModel) -> _StageP
         found = {"retrieval": evaluate_retrieval(*embeds, **ids)}
         if reranked:
             pixels = [
-                load_image(source[int(index)]["image"], image_size=_image_size(config))
-                for index in images["example_id"]
+                load_image(source[int(index)]["image"], image_size=inputs.image_size) for index in images["example_id"]
             ]
             texts = captions.token_ids[readable], captions.token_mask[readable]
             judge = matching_judge(model.forward, params, np.stack(pixels), *texts, batch_size=EVALUATION_BATCH)
@@ -532,7 +536,7 @@ def _matched(config: Config, language: _Language, model: FusionModel) -> _StageP
         source = _pairs(_shown(config), "test")
         with batches(source, training=False) as rows:
             found = embed(model.forward, params, rows)
-        return _draw_pairs(config, found, source, folder)
+        return _draw_pairs(inputs.image_size, found, source, folder)
 
     return _StageParts(
         lambda: batches(_pairs(config, "train"), training=True),
@@ -542,25 +546,9 @@ def _matched(config: Config, language: _Language, model: FusionModel) -> _StageP
     )
 
 
-class _References:
-    """Records whose target texts are written as the tokenizer writes them, in small letters.
-
-    Answers stay as they were given: their metric has a normalisation of its own.
-    """
-
-    def __init__(self, config: Config, source: SequenceSource, tokenizer: Tokenizer):
-        self._is_answer, self._source, self._tokenizer = config.stage == "questions", source, tokenizer
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        targets = self._source.texts(index).targets
-        if not self._is_answer:
-            return {"target_texts": self._tokenizer.decode(self._tokenizer.encode(targets, MOST_TOKENS)[0])}
-        return {"target_texts": targets, "ground_truth": {"question_type": self._source[index].get("question_type")}}
-
-
-def _generated(config: Config, language: _Language, model: FusionModel) -> _StageParts:
+def _generated(config: Config, inputs: _Inputs, model: FusionModel) -> _StageParts:
     """Texts that are generated from an image and a text."""
-    tokenizer, (source_length, target_length) = language.tokenizer, language.longest[config.stage]
+    tokenizer, (source_length, target_length) = inputs.tokenizer, inputs.longest[config.stage]
 
     def batches(source: SequenceSource, *, training: bool) -> Batches:
         return make_sequence_batches(
@@ -569,7 +557,7 @@ def _generated(config: Config, language: _Language, model: FusionModel) -> _Stag
             max_source_length=source_length,
             # A target's begin token is not generated.
             max_target_length=target_length - 1,
-            **_batch_options(config, training=training),
+            **_batch_options(config, inputs.image_size, training=training),
         )
 
     def generated(params: Any, source: SequenceSource) -> dict[int, str]:
@@ -579,17 +567,18 @@ def _generated(config: Config, language: _Language, model: FusionModel) -> _Stag
         with batches(source, training=False) as rows:
             return generate_texts(generate, params, rows, decode=tokenizer.decode)
 
+    def references(source: SequenceSource) -> Records:
+        return source if config.stage == "questions" else AsTokenized(source, tokenizer, max_length=MOST_TOKENS)
+
     def metrics(params: Any, split: str) -> dict[str, dict[str, float]]:
         source = _sequences(config, split)
-        return {
-            config.stage: GENERATED[config.stage](generated(params, source), _References(config, source, tokenizer))
-        }
+        return {config.stage: GENERATED[config.stage](generated(params, source), references(source))}
 
     def figures(params: Any, folder: Path) -> list[Path]:
         source = _sequences(_shown(config), "test")
-        references = _References(config, source, tokenizer)
-        answers = generated(params, source)
-        return [_draw_answers(config, source, answers, {id: references[id]["target_texts"] for id in answers}, folder)]
+        answers, right = generated(params, source), references(source)
+        expected = {id: right[id]["target_texts"] for id in answers}
+        return [_draw_answers(inputs.image_size, source, answers, expected, folder)]
 
     return _StageParts(
         lambda: batches(_sequences(config, "train"), training=True),
@@ -599,12 +588,12 @@ def _generated(config: Config, language: _Language, model: FusionModel) -> _Stag
     )
 
 
-def _classified(config: Config, language: _Language, model: FusionModel) -> _StageParts:
+def _classified(config: Config, inputs: _Inputs, model: FusionModel) -> _StageParts:
     """Classes of one image or two with a text; answers are measured as texts."""
-    tokenizer, (max_length, _) = language.tokenizer, language.longest[config.stage]
+    tokenizer, (max_length, _) = inputs.tokenizer, inputs.longest[config.stage]
 
     def batches(source: ClassSource, *, training: bool) -> Batches:
-        options = _batch_options(config, training=training)
+        options = _batch_options(config, inputs.image_size, training=training)
         return make_class_batches(source, tokenizer=tokenizer, max_length=max_length, **options)
 
     def logits(params: Any, source: ClassSource) -> ClassLogits:
@@ -619,8 +608,7 @@ def _classified(config: Config, language: _Language, model: FusionModel) -> _Sta
         source = _classes(config, split)
         classes = logits(params, source)
         if config.stage == "questions":
-            references = _References(config, _sequences(config, split), tokenizer)
-            return {"questions": evaluate_answers(answers(classes, source), references)}
+            return {"questions": evaluate_answers(answers(classes, source), _sequences(config, split))}
         forms = [source[int(index)].get("form", "") for index in classes.example_id]
         return {config.stage: evaluate_classes(classes, forms)}
 
@@ -630,7 +618,7 @@ def _classified(config: Config, language: _Language, model: FusionModel) -> _Sta
         expected = {
             index: source[index].get("answers", [source.class_names[source[index]["label"]]]) for index in given
         }
-        return [_draw_answers(config, source, given, expected, folder)]
+        return [_draw_answers(inputs.image_size, source, given, expected, folder)]
 
     return _StageParts(
         lambda: batches(_classes(config, "train"), training=True),
@@ -649,13 +637,13 @@ def _shown(config: Config) -> Config:
     return replace(config, examples=min(config.examples or FIGURE_EXAMPLES, FIGURE_EXAMPLES))
 
 
-def _draw_pairs(config: Config, rows: Mapping[str, np.ndarray], source: Source, folder: Path) -> list[Path]:
+def _draw_pairs(image_size: int, rows: Mapping[str, np.ndarray], source: Source, folder: Path) -> list[Path]:
     """Draws what finds what, from embeddings of images and of their first captions."""
     records = [source[int(index)] for index in rows["example_id"]]
     pairs = {
         "image_embeds": rows["image_embeds"],
         "text_embeds": rows["text_embeds"],
-        "images": [load_image(record["image"], image_size=_image_size(config)) for record in records],
+        "images": [load_image(record["image"], image_size=image_size) for record in records],
         "captions": [record["captions"][0] for record in records],
     }
     paths = {name: folder / f"{name}.png" for name in ("similarity", "retrieval")}
@@ -665,7 +653,7 @@ def _draw_pairs(config: Config, rows: Mapping[str, np.ndarray], source: Source, 
 
 
 def _draw_answers(
-    config: Config,
+    image_size: int,
     source: SequenceSource | ClassSource,
     answers: Mapping[int, str],
     expected: Mapping[int, Sequence[str]],
@@ -676,7 +664,7 @@ def _draw_answers(
     records: list[Mapping[str, Any]] = [source[index] for index in answers]
     plots.answered_examples(
         [
-            [load_image(record[name], image_size=_image_size(config)) for name in IMAGE_NAMES if name in record]
+            [load_image(record[name], image_size=image_size) for name in IMAGE_NAMES if name in record]
             for record in records
         ],
         [record["source_text"] if "source_text" in record else record["text"] for record in records],

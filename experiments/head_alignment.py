@@ -28,10 +28,15 @@ from repkit.checks import InputError
 from repkit.data.digit_scenes import TASK_SPLIT_SIZES
 from repkit.data.pipeline import Batches, Targets, make_sequence_batches
 from repkit.data.scene_demands import TASK_IMAGE_SIZE
-from repkit.data.sequence_sources import SequenceSource, scene_task_source
+from repkit.data.sequence_sources import AsTokenized, SequenceSource, scene_task_source
 from repkit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from repkit.distillation import Match, describe, layer_terms, match_layers, required_captures
-from repkit.evaluate.generation import evaluate_answers, evaluate_captions, evaluate_translations, generate_texts
+from repkit.evaluate.generation import (
+    evaluate_answers,
+    evaluate_captions,
+    evaluate_translations,
+    generate_texts,
+)
 from repkit.evaluate.results import Result
 from repkit.metrics.attention import head_cosines
 from repkit.models.capture import Capture
@@ -43,9 +48,10 @@ from repkit.recipe import Experiment, RunDirectory
 from repkit.train.checkpoint import CheckpointReader
 from repkit.train.config import TrainConfig, data_share
 from repkit.train.mesh import WHOLE_BATCH
+from repkit.train.start import started_from
 from repkit.train.teacher import FrozenTeacher
 from repkit.train.teacher_cache import TeacherBatches, TeacherCache, data_identity, open_cache, write_cache
-from repkit.trained import load_run
+from repkit.trained import load_parameters, load_run
 
 Task = Literal["questions", "captions", "translation", "grounding"]
 Method = Literal[
@@ -218,7 +224,8 @@ def build(config: Config, directory: Path) -> Experiment:
             return generate_texts(generate, params, rows, decode=tokenizer.decode)
 
     def scores(params: Any, source: SequenceSource) -> dict[str, float]:
-        return EVALUATE[config.task](generated(params, source), _References(config.task, source, tokenizer))
+        written = AsTokenized(source, tokenizer, max_length=MOST_TARGET_TOKENS)
+        return EVALUATE[config.task](generated(params, source), source if config.task == "questions" else written)
 
     def validate(params: Any) -> dict[str, float]:
         metrics = scores(params, validation)
@@ -359,22 +366,6 @@ def _texts(config: Config) -> tuple[set[str], set[str]]:
     return {text.source for text in texts}, {target for text in texts for target in text.targets}
 
 
-class _References:
-    """Records whose target texts are written as the tokenizer writes them, in small letters.
-
-    Answers stay as they were given: their metric has a normalisation of its own.
-    """
-
-    def __init__(self, task: Task, source: SequenceSource, tokenizer: Tokenizer):
-        self._task, self._source, self._tokenizer = task, source, tokenizer
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        targets = self._source.texts(index).targets
-        if self._task != "questions":
-            return {"target_texts": self._tokenizer.decode(self._tokenizer.encode(targets, MOST_TARGET_TOKENS)[0])}
-        return {"target_texts": targets, "ground_truth": {"question_type": self._source[index].get("question_type")}}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
@@ -406,11 +397,11 @@ def _initial(config: Config, model: SequenceModel, directory: Path) -> Callable[
     has_begun = CheckpointReader(RunDirectory(directory).checkpoints).latest_step() is not None
     if config.start is None or has_begun:
         return model.init
-    start = _own_params(load_run(config.start).params)
-    if jax.tree.structure(start) != jax.tree.structure(_own_params(jax.eval_shape(model.init, jax.random.key(0)))):
-        raise InputError(f"start={config.start}: the model there has other layers than this one")
-    host = jax.device_get(start)
-    return lambda key: model.init(key) | jax.tree.map(jnp.asarray, host)
+    origin = f"start={config.start}"
+    there = _run_config(config.start).model.heads
+    if there != config.model.heads:  # the one setting that the shapes do not tell
+        raise InputError(f"{origin} has model.heads={there}, here it is {config.model.heads}")
+    return started_from(load_parameters(config.start), model.init, origin=origin, replaced=("learned",))
 
 
 def _own_params(params: Any) -> Any:

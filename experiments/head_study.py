@@ -15,8 +15,8 @@ METRIC_TITLES = {
 PRETRAINING_TASK = "grounding"
 """What a teacher with multimodal pre-training has learned before its task."""
 
-OURS = ("amad_mse", "amad_kl", "amad_token_kl", "amad_kl alignment_temperature=0.1")
-"""Behind a method are settings of its distillation; the temperature of the alignment is 1 in the paper."""
+CLAIMED = ("amad_mse", "amad_kl", "amad_token_kl", "amad_kl alignment_temperature=0.1")
+"""The paper's. Behind a method are settings of its distillation; the temperature of the alignment is 1 in the paper."""
 
 BASELINES = ("none", "logits", "one_to_one_kl", "mean_head", "merged_head")
 LOOKED_AT = ("none", "one_to_one_kl", "amad_kl", "amad_kl alignment_temperature=0.1")
@@ -62,7 +62,8 @@ class Study:
         methods: ways to learn from the teacher.
         without_pretraining: methods that the largest students also run with a teacher that had no pre-training.
         seeds: of the students.
-        common: settings of all runs, NAME=VALUE.
+        common: settings of all trainings, NAME=VALUE, which those of teachers and students override.
+        changes: settings of all trainings that override every other.
         pretraining: settings of the model that the pre-trained teachers start from.
         teacher: settings of the teachers.
         teacher_steps: training steps of the teachers, by task; questions take longest.
@@ -77,10 +78,11 @@ class Study:
     work: Path = Path("runs/head_alignment")
     tasks: tuple[str, ...] = ("questions", "captions", "translation")
     heads: tuple[int, ...] = (2, 4)
-    methods: tuple[str, ...] = (*BASELINES, *OURS)
+    methods: tuple[str, ...] = (*BASELINES, *CLAIMED)
     without_pretraining: tuple[str, ...] = ("logits", "amad_kl")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     common: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
     pretraining: tuple[str, ...] = ("train.steps=3000", "train.checkpoint_every=3000")
     teacher: tuple[str, ...] = ("targets=commonest", "train.checkpoint_every=1500")
     teacher_steps: Mapping[str, int] = field(
@@ -142,7 +144,7 @@ def variation_settings(study: Study) -> Iterator[dict[str, Any]]:
 
 
 def phases(study: Study) -> Iterator[list[dict[str, Any]]]:
-    """The students that are trained before the next ones begin, with their teachers."""
+    """Students by phase: those of one are trained, after the teachers that they need, before the next begins."""
     yield list(student_settings(study, pretrained=True))
     yield list(variation_settings(study))
     # Task by task, because the teachers without pre-training take longest.

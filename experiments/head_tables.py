@@ -1,20 +1,22 @@
 """Tables and figures of the comparison of heads."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+from experiments.comparison import difference
 from experiments.head_alignment import MAIN_METRIC
 from experiments.head_study import (
     BASELINES,
+    CLAIMED,
     LOOKED_AT,
     METRIC_TITLES,
-    OURS,
     TITLES,
     Study,
     heads_of,
     student_folder,
     student_settings,
 )
-from experiments.study import Run, Runs, interval, markdown_table, paired_difference
+from experiments.study import Run, Runs, markdown_table, metric_interval
 from repkit import plots
 
 
@@ -24,7 +26,7 @@ def report(study: Study) -> str:
     sections = [_teachers(study, runs)]
     for task in study.tasks:
         sections += [_accuracies(study, runs, task), _differences(study, runs, task)]
-    sections += [_variations(study, runs), _heads(study, runs)]
+    sections += [_variations(study, runs), _amad_with_itself(study, runs), _heads(study, runs)]
     text = "\n\n".join(filter(None, sections)) + "\n"
     study.results.mkdir(parents=True, exist_ok=True)
     (study.results / "RESULTS.md").write_text(f"# Many heads into few\n\n{text}")
@@ -62,18 +64,17 @@ def _differences(study: Study, runs: Runs, task: str) -> str:
     """Each variant of AMAD against each baseline, seed by seed."""
     rows = []
     for column in _columns(study, runs, task):
-        for ours in OURS:
-            for baseline in BASELINES:
-                first, second = (_select(runs, task, method, *column) for method in (ours, baseline))
-                if len({run.settings["seed"] for run in first} & {run.settings["seed"] for run in second}) < 2:
-                    continue
-                difference = paired_difference(first, second, MAIN_METRIC[task])
-                sign = "+" if difference.mean > difference.half_width else ""
-                sign = "-" if difference.mean < -difference.half_width else sign
-                rows.append([_column_title(*column), TITLES[ours], TITLES[baseline], difference.percent(), sign])
+        for claimed, baseline in itertools.product(CLAIMED, BASELINES):
+            first, second = (_select(runs, task, method, *column) for method in (claimed, baseline))
+            found = difference(first, second, MAIN_METRIC[task])
+            if found is None:
+                continue
+            sign = "+" if found.mean > found.half_width else ""
+            sign = "-" if found.mean < -found.half_width else sign
+            rows.append([_column_title(*column), TITLES[claimed], TITLES[baseline], found.percent(), sign])
     if not rows:
         return ""
-    header = ["student", "ours", "minus", "difference (points) and 95 % interval", "beyond it"]
+    header = ["student", "method", "minus", "difference (points) and 95 % interval", "sign, if beyond the interval"]
     return f"### Paired differences, {task}\n\n{markdown_table(header, rows)}"
 
 
@@ -85,14 +86,32 @@ def _variations(study: Study, runs: Runs) -> str:
     for method, variations in study.variations.items():
         for variation in variations:
             found = _select(runs, task, variation, heads, True)
-            if len(found) > 1:
-                beside = [_select(runs, task, other, heads, True) for other in (method, "one_to_one_kl")]
-                differences = [paired_difference(found, other, metric).percent() for other in beside]
+            beside = [_select(runs, task, other, heads, True) for other in (method, "one_to_one_kl")]
+            differences = [each.percent() for other in beside if (each := difference(found, other, metric))]
+            if len(differences) == len(beside):
                 rows.append([TITLES[variation], _cell(found, metric), *differences])
     if not rows:
         return ""
     header = ["method", METRIC_TITLES[task], "minus the method with its own settings", "minus one to one, KL"]
     return f"## Other settings, {task}, {heads} heads\n\n{markdown_table(header, rows)}"
+
+
+def _amad_with_itself(study: Study, runs: Runs) -> str:
+    """AMAD V2 at another temperature, and from a teacher without pre-training, minus itself."""
+    rows = []
+    for task in study.tasks:
+        for heads in study.heads:
+            itself = _select(runs, task, "amad_kl", heads, True)
+            changed = {
+                "temperature 0.1": _select(runs, task, "amad_kl alignment_temperature=0.1", heads, True),
+                "teacher without pre-training": _select(runs, task, "amad_kl", heads, False),
+            }
+            for title, found in changed.items():
+                if (points := difference(found, itself, MAIN_METRIC[task])) is not None:
+                    rows.append([task, f"{heads}", title, points.percent()])
+    if not rows:
+        return ""
+    return f"## AMAD V2 minus itself, in points\n\n{markdown_table(['task', 'heads', 'with', 'difference'], rows)}"
 
 
 def _heads(study: Study, runs: Runs) -> str:
@@ -104,8 +123,8 @@ def _heads(study: Study, runs: Runs) -> str:
             if not found:
                 continue
             for kind in ("encoder", "cross"):
-                cells = [[run.metrics[f"{kind}/{name}"] for run in found] for name in ("teacher", "kept", "dropped")]
-                rows.append([task, kind, TITLES[method], *(interval(cell).percent() for cell in cells)])
+                cells = [metric_interval(found, f"{kind}/{name}") for name in ("teacher", "kept", "dropped")]
+                rows.append([task, kind, TITLES[method], *(cell.percent() for cell in cells)])
     if not rows:
         return ""
     header = ["task", "attention", "method", "two heads of the teacher", "kept heads", "dropped heads"]
@@ -137,7 +156,7 @@ def _select(runs: Runs, task: str, method: str, heads: int, pretrained: bool) ->
 def _cell(runs: Sequence[Run], metric: str) -> str:
     if not runs:
         return ""
-    return f"{interval([run.metrics[metric] for run in runs]).percent()} ({len(runs)})"
+    return f"{metric_interval(runs, metric).percent()} ({len(runs)})"
 
 
 def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, float, float]]]:
@@ -147,7 +166,7 @@ def _panel(study: Study, runs: Runs, task: str) -> dict[str, list[tuple[str, flo
         for method in study.methods:
             found = _select(runs, task, method, *column)
             if found:
-                mean, half_width, _ = interval([run.metrics[MAIN_METRIC[task]] for run in found])
+                mean, half_width, _ = metric_interval(found, MAIN_METRIC[task])
                 rows.append((TITLES[method], 100 * mean, 100 * half_width))
         panel[_column_title(*column)] = rows
     return panel

@@ -2,12 +2,14 @@
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from experiments.recipe_runs import compile_quickly, keep_programs
 from experiments.study import Run, Runs, Settings, run_missing
+from repkit.checks import InputError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,7 +68,7 @@ class Study(NamedTuple):
 
 
 def study_command(study: Study, description: str | None, arguments: Sequence[str] | None = None) -> int:
-    """Makes the runs that are missing, writes tables and figures, and returns 0.
+    """Makes the runs that are missing, writes tables and figures, and returns 0; 2 after a message of what is wrong.
 
     Args:
         study: what is run.
@@ -74,20 +76,23 @@ def study_command(study: Study, description: str | None, arguments: Sequence[str
         arguments: of the command line; None for those of this process.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="all parts, tiny")
-    parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--workers", type=int, help="runs that are made at a time; 1 by default, 2 with --smoke")
+    add_study_options(parser)
     parser.add_argument("--part", choices=study.parts, action="append", help="make runs of this part; may be repeated")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of all trainings by a recipe, for instance of a larger model; "
-        "the results go to runs/, in a folder of this name",
-    )
     options = parser.parse_args(arguments)
+    return told(functools.partial(_make_and_report, study, options))
+
+
+def told(command: Callable[[], None]) -> int:
+    """Runs the command; the exit code, after a line on what it could not read, write or do, if there was something."""
+    try:
+        command()
+    except (InputError, OSError) as error:
+        print(f"repkit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _make_and_report(study: Study, options: argparse.Namespace) -> None:
     setup = _setup(study, smoke=options.smoke, changes=tuple(options.set))
     parts = study.smoke if options.smoke else study.parts
     runs = Runs(setup.results / "runs.jsonl")
@@ -103,7 +108,33 @@ def study_command(study: Study, description: str | None, arguments: Sequence[str
     print(report(study.title, parts, runs, setup))
     if not is_complete:
         print("Not complete; call again to go on.")
-    return 0
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """What the commands of all studies take."""
+    parser.add_argument("--smoke", action="store_true", help="the whole study, tiny")
+    parser.add_argument("--report", action="store_true", help="only tables and figures of what is finished")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--workers", type=_count, help="runs that are made at a time; 1 by default, 2 with --smoke")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of every training by a recipe, such as model.width=128; may be repeated; "
+        "the results go to a folder of this name in runs/",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def changed_folder(work: Path, changes: Sequence[str]) -> Path:
+    """The work folder of a study whose trainings have these settings; it has results of its own."""
+    return work / ",".join(changes).replace("/", "_")
 
 
 def _setup(study: Study, *, smoke: bool, changes: tuple[str, ...]) -> Setup:
@@ -113,7 +144,7 @@ def _setup(study: Study, *, smoke: bool, changes: tuple[str, ...]) -> Setup:
         compile_quickly()
         work /= "smoke"
     if changes:
-        work /= ",".join(changes).replace("/", "_")
+        work = changed_folder(work, changes)
     return Setup(work / "results" if smoke or changes else RESULTS / study.name, work, changes)
 
 

@@ -101,6 +101,9 @@ def run_missing(
 
     Returns:
         Whether all runs are there.
+
+    Raises:
+        Exception: what `make` raised first; no run begins after it, and those under way are kept.
     """
     end = time.monotonic() + 60 * minutes
     missing = iter([each for each in settings if each not in runs])
@@ -118,14 +121,24 @@ def run_missing(
         workers, context, initializer=_begin_worker, initargs=(places, workers, os.getpid())
     ) as pool:
         running: dict[concurrent.futures.Future[Mapping[str, float]], Settings] = {}
+        failure: BaseException | None = None
         while True:
-            while len(running) < workers and time.monotonic() < end and (each := next(missing, None)) is not None:
+            while failure is None and len(running) < workers and time.monotonic() < end:
+                if (each := next(missing, None)) is None:
+                    break
                 running[pool.submit(make, each)] = each
             if not running:
-                return next(missing, None) is None
+                break
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                tell(runs.run(running.pop(future), future.result))
+                each = running.pop(future)
+                if (error := future.exception()) is None:
+                    tell(runs.run(each, future.result))
+                else:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+        return next(missing, None) is None
 
 
 def _begin_worker(places: "multiprocessing.Queue[int]", workers: int, parent: int) -> None:
@@ -209,7 +222,12 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(x.mean()), float(half_width), int(x.size))
 
 
-def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], metric: str, *, pair: str = "seed") -> Interval:
+def metric_interval(runs: Iterable[Run], metric: str) -> Interval:
+    """The mean of a metric over runs, with its interval."""
+    return interval([run.metrics[metric] for run in runs])
+
+
+def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], metric: str) -> Interval:
     """The mean difference `ours - baseline` of a metric over the runs with the same seed.
 
     Raises:
@@ -221,10 +239,10 @@ def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], metric: str,
         >>> print(paired_difference(ours, baseline, "accuracy"))
         0.1 ± 0
     """
-    first, second = ({run.settings[pair]: run.metrics[metric] for run in runs} for runs in (ours, baseline))
+    first, second = ({run.settings["seed"]: run.metrics[metric] for run in runs} for runs in (ours, baseline))
     shared = sorted(first.keys() & second.keys())
     if not shared:
-        raise InputError(f"no {pair} with a run on both sides: {sorted(first)} and {sorted(second)}")
+        raise InputError(f"no seed with a run on both sides: {sorted(first)} and {sorted(second)}")
     # Differences of equal size leave a spread of the size of rounding, which is none.
     return interval([round(first[value] - second[value], 12) for value in shared])
 

@@ -32,7 +32,7 @@ STUDY = Study(
             negatives=(4,),
             starts=(0.0, 3.0),
             steps=2_000,
-            variants=(),
+            variants=("bounded scores",),
         ),
         "mean_gradient": MeanGradient(
             encoders=Encoders(pairs=64, features=16, dim=8, rows=2_000, warm_up=0.0),

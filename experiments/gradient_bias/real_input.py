@@ -1,6 +1,5 @@
 """Part `real_input`: two towers on digit scenes, by loss and batch size, with equally many examples seen."""
 
-import contextlib
 import functools
 import math
 import shutil
@@ -13,7 +12,7 @@ from experiments import figures, recipe_runs
 from experiments.comparison import difference, mean
 from experiments.gradient_bias.titles import TITLES
 from experiments.parts import Finished, Setup, work_folder
-from experiments.study import Run, Settings, interval, markdown_table
+from experiments.study import Run, Settings, markdown_table, metric_interval
 
 RECIPE = Path(__file__).parents[1] / "two_tower.py"
 LOSSES: dict[str, tuple[str, ...]] = {
@@ -27,7 +26,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
 """Settings of the recipe by method."""
 
 BASELINE = "info_nce"
-OURS = ("gamma_sampled", "gamma_expected")
+GAMMA = ("gamma_sampled", "gamma_expected")
 METRICS = {
     "retrieval/image_to_text/R@1": "image to text R@1",
     "retrieval/text_to_image/R@1": "text to image R@1",
@@ -65,26 +64,25 @@ class RealInput:
     def make(self, settings: Settings, setup: Setup) -> dict[str, float]:
         """The test metrics, as `<task>/<metric>`."""
         folder = work_folder(setup, settings)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-            recipe_runs.train(RECIPE, folder, [*self.train_settings(settings), *setup.changes])
-            results = recipe_runs.evaluate(folder)
+        with recipe_runs.logged(folder):
+            recipe_runs.train(RECIPE, folder, self.train_settings(settings, setup.changes))
+            metrics = recipe_runs.named_metrics(recipe_runs.evaluate(folder))
         shutil.rmtree(folder)
-        return {f"{result.task}/{name}": value for result in results for name, value in result.metrics.items()}
+        return metrics
 
-    def train_settings(self, settings: Settings) -> Iterator[str]:
-        """The recipe's settings of a run."""
+    def train_settings(self, settings: Settings, changes: Sequence[str] = ()) -> tuple[str, ...]:
+        """The recipe's settings of a run, with those that the user changes."""
         batch_size = settings["batch_size"]
         steps = self.examples // batch_size
-        yield from LOSSES[settings["method"]]
-        yield "evaluations=retrieval,zero_shot"
-        yield f"train.seed={settings['seed']}"
-        yield f"train.batch_size={batch_size}"
-        yield f"train.steps={steps}"
-        yield f"train.warmup_steps={steps // 12}"
-        yield f"train.learning_rate={self.rate_at_128 * math.sqrt(batch_size / 128)}"
-        yield f"train.checkpoint_every={steps}"
-        yield from self.recipe_settings
+        own = (*LOSSES[settings["method"]], f"train.seed={settings['seed']}", f"train.batch_size={batch_size}")
+        schedule = (
+            f"train.steps={steps}",
+            f"train.warmup_steps={steps // 12}",
+            f"train.learning_rate={self.rate_at_128 * math.sqrt(batch_size / 128)}",
+            f"train.checkpoint_every={steps}",
+        )
+        defaults = ("evaluations=retrieval,zero_shot", *schedule, *self.recipe_settings)
+        return recipe_runs.changed(own, defaults, changes)
 
     def tables(self, finished: Finished) -> Iterator[str]:
         """For each metric the means, the differences at equal batch sizes, and those at half the batch."""
@@ -100,7 +98,7 @@ class RealInput:
             if any(cell for row in rows for cell in row[1:]):
                 yield f"Minus InfoNCE, seed by seed, in points:\n\n{markdown_table(header, rows)}"
             halves = [(size, 2 * size) for size in sizes if 2 * size in sizes]
-            rows = [differences(each, halves) for each in OURS if each in methods]
+            rows = [differences(each, halves) for each in GAMMA if each in methods]
             if any(cell for row in rows for cell in row[1:]):
                 half_header = ["method", *(f"{size} minus InfoNCE at {twice}" for size, twice in halves)]
                 yield f"At half the batch, in points:\n\n{markdown_table(half_header, rows)}"
@@ -116,14 +114,14 @@ class RealInput:
         ]
 
     def _smallest_batches(self, finished: Finished, metric: str) -> Iterator[str]:
-        """The smallest batch at which each of ours reaches InfoNCE at the largest: in the mean, and by the interval."""
+        """The smallest batch at which gamma reaches InfoNCE at the largest: in the mean, and by the interval."""
         largest = max(self.batch_sizes)
         baseline = finished(method=BASELINE, batch_size=largest)
-        for method in OURS:
+        for method in GAMMA:
             by_size = {m: difference(finished(method=method, batch_size=m), baseline, metric) for m in self.batch_sizes}
-            if any(each is None for each in by_size.values()):
+            found = {m: each for m, each in by_size.items() if each is not None}
+            if len(found) < len(by_size):
                 continue
-            found = {m: each for m, each in by_size.items() if each}
             in_the_mean = min((m for m, each in found.items() if each.mean >= 0), default="none of these")
             within = min((m for m, each in found.items() if each.mean + each.half_width >= 0), default="none of these")
             yield (
@@ -140,8 +138,8 @@ class RealInput:
         for axes, (metric, title) in zip(row, METRICS.items(), strict=True):
             series = {}
             for method in self.methods:
-                found = [[run.metrics[metric] for run in finished(method=method, batch_size=m)] for m in sizes]
-                series[TITLES[method]] = figures.Line(sizes, [interval(each) for each in found])
+                found = [metric_interval(finished(method=method, batch_size=m), metric) for m in sizes]
+                series[TITLES[method]] = figures.Line(sizes, found)
             figures.lines(axes, series)
             figures.ticks(axes, self.batch_sizes)
             axes.set_ylim(0, 1)  # an interval of few seeds may reach beyond what a share can be

@@ -1,6 +1,5 @@
 """Part `fusion`: a fusion model (ALBEF's shape) pre-trained with each structure, and the tasks learned from there."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ REGULARIZERS: dict[str, tuple[str, ...]] = {"none": (), **STRUCTURES}
 STAGES: dict[str, tuple[str, ...]] = {
     # At this rate the narrower model learns as much in a step as the recipe's model does at the recipe's rate.
     "pretrain": ("train.learning_rate=2e-3",),
-    "questions": ("stage=questions", "answers=classified"),
+    "questions": ("answers=classified",),
     # At the recipe's rate the loss of some models stays at chance.
-    "statements": ("stage=statements", "train.learning_rate=5e-4", "train.warmup_steps=100"),
-    "entailment": ("stage=entailment",),
+    "statements": ("train.learning_rate=5e-4", "train.warmup_steps=100"),
+    "entailment": (),
 }
-"""Settings of the recipe by what is learned."""
+"""Settings of the recipe by stage."""
 
 STARTS = {"statements": "questions"}
 """What a task starts from where that is not the pre-trained model: statements compare what questions ask for."""
@@ -44,7 +43,7 @@ class FusionTasks:
     Attributes:
         methods: names of `REGULARIZERS`, in the pre-training.
         seeds: of all its trainings.
-        steps: of the pre-training (`pretrain`) and of each task.
+        steps: of the pre-training (`pretrain`) and of each task; a task comes after the one that it starts from.
         recipe_settings: of all trainings, where a stage has none of its own.
         smoke: whether the recipe's smallest setting is taken.
     """
@@ -76,8 +75,7 @@ class FusionTasks:
     def make(self, settings: Settings, setup: Setup) -> dict[str, float]:
         """The test metrics of the pre-trained model and of each task, as `<task>/<metric>`."""
         folder = work_folder(setup, settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+        with recipe_runs.logged(folder):
             metrics = dict(self._trained(folder, settings, setup))
         shutil.rmtree(folder)
         return metrics
@@ -86,12 +84,13 @@ class FusionTasks:
         regularizers = f"regularizers={','.join(REGULARIZERS[settings['method']])}"
         for stage, steps in self.steps.items():
             start = f"start={folder / STARTS.get(stage, 'pretrain')}"
-            own = (regularizers if stage == "pretrain" else start, *STAGES[stage])
-            schedule = (f"train.steps={steps}", f"train.checkpoint_every={steps}", f"train.seed={settings['seed']}")
-            changes = (*self.recipe_settings, *own, *schedule, *setup.changes)
-            recipe_runs.train(RECIPE, folder / stage, changes, smoke=self.smoke)
-            for result in recipe_runs.evaluate(folder / stage):
-                yield from ((f"{result.task}/{name}", value) for name, value in result.metrics.items())
+            own = (f"stage={stage}", regularizers if stage == "pretrain" else start, f"train.seed={settings['seed']}")
+            schedule = (f"train.steps={steps}", f"train.checkpoint_every={steps}")
+            defaults = (*self.recipe_settings, *STAGES[stage], *schedule)
+            recipe_runs.train(
+                RECIPE, folder / stage, recipe_runs.changed(own, defaults, setup.changes), smoke=self.smoke
+            )
+            yield from recipe_runs.named_metrics(recipe_runs.evaluate(folder / stage)).items()
 
     def tables(self, finished: Finished) -> Iterator[str]:
         """What comes of the tasks, and the differences from no structure."""

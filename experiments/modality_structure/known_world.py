@@ -41,7 +41,7 @@ class World:
     Attributes:
         second_bit: whether text and image show one more bit, the same, each its own, or the text alone.
         text_noise: probability that the text's is wrong; 0.5 shows nothing.
-        image_noise: probability that the image's is.
+        image_noise: probability that the image's is; without effect where the text alone shows one.
     """
 
     second_bit: SecondBit
@@ -109,8 +109,9 @@ def joint_distribution(world: World) -> Joint:
     bits = (0, 1)
     labels = 8 if world.second_bit == "own" else 4
     joint = np.zeros((4, 4, labels))
+    image_noise = 0.5 if world.second_bit == "text" else world.image_noise
     for a, b, c, wrong_label, wrong_text, wrong_image in itertools.product(bits, repeat=6):
-        noises = (LABEL_NOISE, world.text_noise, world.image_noise)
+        noises = (LABEL_NOISE, world.text_noise, image_noise)
         flips = zip(noises, (wrong_label, wrong_text, wrong_image), strict=True)
         probability = np.prod([noise if wrong else 1 - noise for noise, wrong in flips]) / 8
         seen_by_image = c if world.second_bit == "own" else b

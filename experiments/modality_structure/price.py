@@ -9,7 +9,7 @@ from experiments import figures
 from experiments.modality_structure import known_world
 from experiments.modality_structure.known_world import SecondBit, Training, World, informations, joint_distribution
 from experiments.parts import Finished, Setup
-from experiments.study import Interval, Run, Settings, interval, markdown_table
+from experiments.study import Interval, Run, Settings, markdown_table, metric_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,4 +136,4 @@ class Price:
 
 
 def _excess(runs: Sequence[Run]) -> Interval:
-    return interval([run.metrics["excess"] for run in runs])
+    return metric_interval(runs, "excess")

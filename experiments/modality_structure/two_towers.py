@@ -1,6 +1,5 @@
 """Part `two_tower`: image and text towers on digit scenes with each structure, and a picture of the structures."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from experiments.comparison import difference_tables, mean
 from experiments.modality_structure import picture
 from experiments.modality_structure.structures import STRUCTURES, TITLES
 from experiments.parts import Finished, Setup, work_folder
-from experiments.study import Settings, interval, markdown_table
+from experiments.study import Settings, markdown_table, metric_interval
 
 RECIPE = Path(__file__).parents[1] / "two_tower.py"
 REGULARIZERS: dict[str, tuple[str, ...]] = {
@@ -46,7 +45,11 @@ GEOMETRY = {
 }
 COMPARED = {
     "zero_shot/top_1": "zero-shot top 1",
+    "zero_shot/top_5": "top 5",
     "few_shot/1_shot/accuracy": "1 shot",
+    "few_shot/2_shot/accuracy": "2 shots",
+    "few_shot/4_shot/accuracy": "4 shots",
+    "few_shot/8_shot/accuracy": "8 shots",
     "few_shot/16_shot/accuracy": "16 shots",
     "linear_probe/accuracy": "linear probe",
     "retrieval/image_to_text/R@1": "image to text R@1",
@@ -84,15 +87,15 @@ class TwoTowers:
         """The test metrics, as `<task>/<metric>`."""
         method, seed = settings["method"], settings["seed"]
         folder = work_folder(setup, settings)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        own = ("loss=info_nce", f"regularizers={','.join(REGULARIZERS[method])}", f"train.seed={seed}")
-        with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-            recipe_runs.train(RECIPE, folder, (*own, *self.recipe_settings, *setup.changes))
-            results = recipe_runs.evaluate(folder)
+        own = (f"regularizers={','.join(REGULARIZERS[method])}", f"train.seed={seed}")
+        defaults = ("loss=info_nce", *self.recipe_settings)
+        with recipe_runs.logged(folder):
+            recipe_runs.train(RECIPE, folder, recipe_runs.changed(own, defaults, setup.changes))
+            metrics = recipe_runs.named_metrics(recipe_runs.evaluate(folder))
         if method in STRUCTURES and seed == self.seeds[0]:
             picture.keep_features(folder, picture.features_file(setup, method))
         shutil.rmtree(folder)
-        return {f"{result.task}/{name}": value for result in results for name, value in result.metrics.items()}
+        return metrics
 
     def tables(self, finished: Finished) -> Iterator[str]:
         """All metrics, and the differences from the contrast alone."""
@@ -103,8 +106,7 @@ class TwoTowers:
             rows = [[TITLES[method], *(mean(runs, name) for name in names)] for method, runs in found.items()]
             yield f"## Two towers: {title}\n\n{markdown_table(['method', *names.values()], rows)}"
         rows = [
-            [TITLES[method], *(str(interval([run.metrics[name] for run in runs])) for name in GEOMETRY)]
-            for method, runs in found.items()
+            [TITLES[method], *(str(metric_interval(runs, name)) for name in GEOMETRY)] for method, runs in found.items()
         ]
         yield f"## Two towers: geometry\n\n{markdown_table(['method', *GEOMETRY.values()], rows)}"
         yield from difference_tables(found, BASELINES, TITLES, COMPARED)

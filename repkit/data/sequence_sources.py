@@ -12,6 +12,7 @@ from repkit.data._jsonl import jsonl_examples, parsed_texts
 from repkit.data._listed import ListedExamples
 from repkit.data._tfds import TfdsSplit, decoded_text, decoded_texts
 from repkit.data.scene_tasks import TASKS
+from repkit.data.tokenizer import Tokenizer
 
 
 class SequenceRecord(TypedDict):
@@ -55,6 +56,35 @@ def all_texts(source: SequenceSource) -> list[str]:
     """Every source and target text in the order of the examples: what a tokenizer for both sides is trained on."""
     texts = (source.texts(index) for index in range(len(source)))
     return [text for group in texts for text in (group.source, *group.targets)]
+
+
+class AsTokenized:
+    """Records whose target texts are written as the tokenizer writes them, such as in small letters.
+
+    Metrics of captions and translations then count what the model said, and not what the tokenizer cannot write.
+    (Answers are compared as they were given: `vqa_accuracy` has a normalisation of its own.)
+
+    Args:
+        source: whose texts are read, without its images.
+        tokenizer: of the generated texts.
+        max_length: longest target text in tokens, begin and end included; what is behind is left out.
+
+    Example:
+        >>> from repkit.data.tokenizer import train_tokenizer
+        >>> class Captions:
+        ...     def texts(self, index):
+        ...         return Texts("", ["A RED seven"])
+        >>> tokenizer = train_tokenizer(["a red seven"], vocab_size=60)
+        >>> AsTokenized(Captions(), tokenizer, max_length=16)[0]
+        {'target_texts': ['a red seven']}
+    """
+
+    def __init__(self, source: SequenceSource, tokenizer: Tokenizer, *, max_length: int):
+        self._source, self._tokenizer, self._max_length = source, tokenizer, max_length
+
+    def __getitem__(self, index: int) -> dict[str, list[str]]:
+        token_ids, _ = self._tokenizer.encode(self._source.texts(index).targets, self._max_length)
+        return {"target_texts": self._tokenizer.decode(token_ids)}
 
 
 def scene_task_source(task: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> "TfdsSequenceSource":

@@ -20,8 +20,7 @@ TARGETS = ("target_ids", "target_mask")
 class Records(Protocol):
     """Random access to records by `example_id`, such as a source of `repkit.data`.
 
-    A record's `target_texts` are the right texts. Where its `ground_truth` has a `question_type`, answers are also
-    evaluated by type.
+    A record's `target_texts` are the right texts. Answers are also evaluated by `question_type`, where it has one.
     """
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
@@ -91,7 +90,8 @@ def evaluate_answers(texts: Mapping[int, str], records: Records) -> dict[str, fl
 
     Args:
         texts: example_id -> answer, from `generate_texts`.
-        records: where `records[example_id]["target_texts"]` are the ten answers that people gave.
+        records: where `records[example_id]["target_texts"]` are the ten answers that people gave, and `question_type`,
+            if there is one, is a name.
 
     Returns:
         `vqa_accuracy`, see `repkit.metrics.vqa_accuracy`; `exact_match`, the share of answers that are the one most
@@ -114,7 +114,7 @@ def evaluate_answers(texts: Mapping[int, str], records: Records) -> dict[str, fl
         "exact_match": exact_match(list(map(normalize_answer, predictions)), list(map(most_common_answers, answers))),
     }
     metrics = {name: float(np.mean(of_rows)) for name, of_rows in values.items()}
-    types = np.array([record.get("ground_truth", {}).get("question_type", "") for record in given])
+    types = np.array([record.get("question_type") or "" for record in given])
     for kind in sorted(set(types) - {""}):
         metrics |= {f"{kind}/{name}": float(np.mean(of_rows[types == kind])) for name, of_rows in values.items()}
     return metrics

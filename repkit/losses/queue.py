@@ -71,10 +71,14 @@ def init_queue(size: int, dim: int, dtype: jax.typing.DTypeLike = jnp.float32) -
         dim: features d of an embedding.
         dtype: of the embeddings that are kept.
 
+    Raises:
+        InputError: if the size is below 0.
+
     Example:
         >>> init_queue(3, 2).filled
         Array([False, False, False], dtype=bool)
     """
+    require_range("init_queue", "size", size, at_least=0)
     # Each field gets a buffer of its own, so that a training step may donate them all.
     return FeatureQueue(
         jnp.zeros((size, dim), dtype),

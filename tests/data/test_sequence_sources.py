@@ -12,6 +12,7 @@ from repkit.data import digit_scenes
 from repkit.data.images import load_image
 from repkit.data.scene_tasks import TASKS
 from repkit.data.sequence_sources import Texts, all_texts, jsonl_sequence_source, scene_task_source
+from repkit.evaluate.generation import evaluate_answers
 
 SMALL = {"train": 60, "validation": 12, "test": 24}
 """As in `tasks_dir`."""
@@ -40,6 +41,9 @@ def test_questions_have_their_type_and_ten_answers(tasks_dir):
         assert len(record["target_texts"]) == 10
         assert record["answer"] in record["target_texts"]
         assert record["source_text"].endswith("?")
+    metrics = evaluate_answers({record["example_id"]: record["answer"] for record in records}, source)
+    for kind in {record["question_type"] for record in records}:
+        assert metrics[f"{kind}/vqa_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -129,9 +129,9 @@ def test_answers_by_type_of_question(params):
     # The model answers "auf Grün", "Grün" and "".
     texts = generate_texts(generate, params, host_batches(["Drei", "auf", "Grün"], first_id=0), decode=decode)
     records = [
-        {"target_texts": ["Auf Grün."] * 2 + ["auf"] * 8, "ground_truth": {"question_type": "place"}},
-        {"target_texts": ["grün"] * 5 + ["Grün"] * 5, "ground_truth": {"question_type": "colour"}},
-        {"target_texts": ["grün"] * 10, "ground_truth": {"question_type": "colour"}},
+        {"target_texts": ["Auf Grün."] * 2 + ["auf"] * 8, "question_type": "place"},
+        {"target_texts": ["grün"] * 5 + ["Grün"] * 5, "question_type": "colour"},
+        {"target_texts": ["grün"] * 10, "question_type": "colour"},
     ]
     metrics = evaluate_answers(texts, records)
     assert metrics == pytest.approx(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def study_command(tmp_path):
+def run_study(tmp_path):
     """Runs the command of a study in the test's folder, on one device as a user does; returns what it prints."""
 
     def run(study: str, *options: str) -> str:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.fusion import Config, build, smoke
+from experiments.fusion import Config, ContrastConfig, build, smoke
 from repkit.checks import InputError
 from repkit.cli import main
 from repkit.train.logging import read_metrics
@@ -68,15 +69,29 @@ def test_statements_start_from_the_assignment_of_texts(pretrained, tmp_path):
     assigned = train(tmp_path / "assigned", f"start={pretrained}", "stage=assignment")
     run = train(tmp_path / "statements", f"start={assigned}", "stage=statements")
     before, after = (load_run(path) for path in (assigned, run))
-    initial = build(dataclasses.replace(after.config), tmp_path / "new").init(jax.random.key(0))
+    initial = build(after.config, tmp_path / "new").init(jax.random.key(0))
     for part in ("image", "multimodal", "comparison"):
         jax.tree.map(np.testing.assert_array_equal, initial[part], before.params[part])
     assert before.params["class_head"]["bias"].shape == (3,)
     assert after.params["class_head"]["bias"].shape == (2,)
-    for changes, message in (({"width": 32}, "has model.width=16, here it is 32"),):
-        model = dataclasses.replace(after.config.model, **changes)
-        with pytest.raises(InputError, match=message):
-            build(dataclasses.replace(after.config, model=model), tmp_path / "new")
+    wider = dataclasses.replace(after.config.model, width=32)
+    with pytest.raises(InputError, match=r"has model\.width=16, here it is 32"):
+        build(dataclasses.replace(after.config, model=wider), tmp_path / "new")
+    with pytest.raises(InputError, match="has images of 24 pixels, here they have 32; set image_size=24"):
+        build(dataclasses.replace(after.config, image_size=32), tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_a_run_that_has_begun_no_longer_needs_its_start(pretrained, tmp_path, capsys):
+    start = tmp_path / "start"
+    shutil.copytree(pretrained, start)
+    settings = ["--set", "stage=retrieval", "--set", f"start={start}", "--set", "image_size=24"]
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert main(["train", RECIPE, "--run", str(run), *SMALLEST, *settings]) == 0
+    shutil.rmtree(start)
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["train", RECIPE, "--run", str(other), *SMALLEST, *settings]) == 2
+    assert f"no run in '{start}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -84,8 +99,21 @@ def test_statements_start_from_the_assignment_of_texts(pretrained, tmp_path):
     [
         ({"train": dataclasses.replace(Config().train, ema_decay=None)}, "set train.ema_decay, such as 0.995"),
         ({"stage": "questions", "regularizers": ("brownian_bridge",)}, "terms of stage=pretrain and stage=retrieval"),
+        ({"beams": 0}, "expected beams >= 1, got 0"),
+        ({"reranked": -1}, "expected reranked >= 0, got -1"),
+        ({"examples": -5}, "expected examples >= 1, got -5"),
+        ({"regularizer_weight": -0.5}, "expected regularizer_weight >= 0, got -0.5"),
+        ({"contrast": ContrastConfig(queue=0)}, "expected contrast.queue >= 1, got 0"),
+        ({"stage": "questions", "start": "no/such/run"}, "no run in 'no/such/run'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         build(dataclasses.replace(smoke(Config()), **changes), tmp_path)
+
+
+def test_a_start_of_another_recipe_is_refused(tmp_path):
+    recipe = Path(RECIPE).with_name("two_tower.py")
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": str(recipe), "config": {"loss": "info_nce"}}))
+    with pytest.raises(InputError, match="does not fit the recipe"):
+        build(dataclasses.replace(smoke(Config()), stage="questions", start=str(tmp_path)), tmp_path / "new")

@@ -72,16 +72,16 @@ def test_ours_goes_to_one_where_the_mini_batch_loss_does_not():
 
 
 @pytest.mark.slow
-def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, study_command):
-    study_command("gradient_bias", "--smoke")
+def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, run_study):
+    run_study("gradient_bias", "--smoke")
     results = tmp_path / "runs" / "gradient_bias" / "smoke" / "results"
     tables = (results / "RESULTS.md").read_text()
-    for heading in ("The optimum at 1, 4 negatives", "What tames it", "Error of the mean gradient", "Digit scenes"):
+    for heading in ("The optimum at 1, 4 negatives", "What tames it", "bounded scores", "Error of the mean gradient", "Digit scenes"):
         assert heading in tables
     for name in ("optimum", "optimum_sweep", "mean_gradient", "real_input"):
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     lines = (results / "runs.jsonl").read_text()
     assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
 
-    assert "Not complete" not in study_command("gradient_bias", "--smoke", "--minutes", "0")
+    assert "Not complete" not in run_study("gradient_bias", "--smoke", "--minutes", "0")
     assert (results / "runs.jsonl").read_text() == lines

@@ -20,11 +20,18 @@ def test_informations_are_those_of_binary_channels():
     assert known.delta == pytest.approx(text - image)
 
 
-@pytest.mark.parametrize("second_bit", ["shared", "own"])
+@pytest.mark.parametrize("second_bit", ["shared", "own", "text"])
 @pytest.mark.parametrize("noise", [0.05, 0.2, 0.5])
 def test_no_aligned_feature_is_better_than_the_bound(second_bit, noise):
     known = informations(joint_distribution(World(second_bit, 0.05, noise)))
     assert known.both - known.aligned >= known.delta - 1e-12
+
+
+def test_the_image_shows_nothing_of_a_bit_that_the_text_alone_shows():
+    for noise in (0.0, 0.2):
+        joint = joint_distribution(World("text", 0.05, noise))
+        assert informations(joint).image == pytest.approx(np.log(2) - entropy_of_a_bit(known_world.LABEL_NOISE))
+        np.testing.assert_array_equal(joint, joint_distribution(World("shared", 0.05, 0.5)))
 
 
 def test_what_occurs_together_is_in_one_class():
@@ -48,8 +55,8 @@ def test_trained_features_pay_the_price_only_when_they_are_aligned():
 
 
 @pytest.mark.slow
-def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, study_command):
-    study_command("modality_structure", "--smoke")
+def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path, run_study):
+    run_study("modality_structure", "--smoke")
     results = tmp_path / "runs" / "modality_structure" / "smoke" / "results"
     tables = (results / "RESULTS.md").read_text()
     for heading in ("Excess cross-entropy in nats, second bit shared", "Retrieval", "geometry", "Fusion model"):
@@ -59,5 +66,5 @@ def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path
     lines = (results / "runs.jsonl").read_text()
     assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
 
-    assert "Not complete" not in study_command("modality_structure", "--smoke", "--minutes", "0")
+    assert "Not complete" not in run_study("modality_structure", "--smoke", "--minutes", "0")
     assert (results / "runs.jsonl").read_text() == lines

@@ -10,6 +10,7 @@ from experiments.comparison import difference_tables
 from experiments.gradient_bias.__main__ import STUDY as GRADIENT_BIAS
 from experiments.modality_structure.__main__ import STUDY as MODALITY_STRUCTURE
 from experiments.parts import Study, study_command
+from experiments.recipe_runs import changed
 from experiments.study import Run
 
 
@@ -65,3 +66,40 @@ def test_differences_are_taken_from_each_baseline_that_has_runs():
     assert "Minus nothing" in table
     assert "| Ours | 10.0 ± 0.0 |" in table
     assert "New" not in table
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds(Roots):
+    """A part whose runs differ in their seed."""
+
+    def make(self, settings, setup):
+        changed([f"train.seed={settings['number']}"], [], setup.changes)
+        return super().make(settings, setup)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "train.seed=7"], "--set train.seed=7: train.seed is what the runs of the study differ in"),
+        (["--set", "train.steps=" + 300 * "9"], "File name too long"),
+        (["--report"], "line 1: expected a run as JSON, got 'half'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.parts.RESULTS", tmp_path)
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / "runs.jsonl").write_text("half\nhalf\n")
+    study = Study("numbers", "Numbers", parts={"roots": Seeds((1, 2))}, smoke={})
+    assert study_command(study, None, options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("repkit: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_a_number_of_workers_below_one_is_refused(capsys, workers):
+    with pytest.raises(SystemExit):
+        study_command(Study("numbers", "Numbers", parts={}, smoke={}), None, ["--workers", workers])
+    assert f"expected a whole number of at least 1, got '{workers}'" in capsys.readouterr().err

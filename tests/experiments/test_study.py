@@ -1,6 +1,7 @@
 """Runs that are kept, and comparisons over paired seeds."""
 
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -77,3 +78,11 @@ def test_missing_runs_are_made_and_kept_by_any_number_of_workers(tmp_path, worke
     kept = {run.settings["seed"]: run.metrics["seed"] for run in Runs(tmp_path / "runs.jsonl")}
     assert kept == {0: 0.0, 1: 10.0, 2: 2.0, 3: 3.0}
     assert sorted(run.settings["seed"] for run in told) == [0, 2, 3]
+
+
+def test_a_run_that_fails_ends_the_study_and_those_under_way_are_kept(tmp_path):
+    runs = Runs(tmp_path / "runs.jsonl")
+    settings = [{"seed": 0}, {"seed": 1, "metrics": {"accuracy": 0.5}}]
+    with pytest.raises(KeyError, match="metrics"):
+        run_missing(runs, settings, operator.itemgetter("metrics"), workers=2)
+    assert [run.settings["seed"] for run in Runs(tmp_path / "runs.jsonl")] == [1]
