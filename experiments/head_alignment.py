@@ -481,19 +481,21 @@ def _matches(config: Config) -> list[Match]:
     if way is None:
         return []
     student, teacher = config.model, _teacher_config(config).model
-    matches = []
+    matches: dict[tuple[str, str], Match] = {}
     for kind in config.distillation.kinds:
         _, queries, keys = LAYERS[kind]
         layers = [_layers(kind, model) for model in (student, teacher)]
         if way.takes == ("hidden",):
             layers = [[layer.rpartition(".")[0] for layer in each] for each in layers]
         for pair in match_layers(*layers, how=config.distillation.layers):
+            if pair in matches:  # hidden states of a decoder's block are those of both its kinds of attention
+                continue
             keywords = _masks(way, queries, keys)
             learned = LEARNED.get(config.method)
             if learned is not None:
                 keywords[learned] = f"outputs.learned.{learned}_{len(matches)}"
-            matches.append(Match(*pair, way.loss, way.takes, options=_options(way, kind), keywords=keywords))
-    return matches
+            matches[pair] = Match(*pair, way.loss, way.takes, options=_options(way, kind), keywords=keywords)
+    return list(matches.values())
 
 
 # The argument of a loss that is learned, by method.
@@ -502,7 +504,7 @@ LEARNED = {"mixed_head": "mixer", "hidden": "projection"}
 
 def _options(way: _Way, kind: Kind) -> Mapping[str, Any]:
     if way.loss is losses.attention_alignment_from_queries_keys and kind == "decoder":
-        return {**way.options, "causal": True}
+        return {**way.options, "visible": "causal"}
     return way.options
 
 

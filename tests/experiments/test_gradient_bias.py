@@ -76,7 +76,8 @@ def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path
     run_study("gradient_bias", "--smoke")
     results = tmp_path / "runs" / "gradient_bias" / "smoke" / "results"
     tables = (results / "RESULTS.md").read_text()
-    for heading in ("The optimum at 1, 4 negatives", "What tames it", "bounded scores", "Error of the mean gradient", "Digit scenes"):
+    optimum = ("The optimum at 1, 4 negatives", "What tames it", "bounded scores")
+    for heading in (*optimum, "Error of the mean gradient", "Digit scenes"):
         assert heading in tables
     for name in ("optimum", "optimum_sweep", "mean_gradient", "real_input"):
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")

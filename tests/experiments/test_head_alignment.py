@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from experiments.head_alignment import Config, Method, build, smoke
@@ -33,8 +34,10 @@ def test_a_student_learns_from_every_kind_of_attention_by_every_method(teacher, 
     run = train(tmp_path / "run", "role=student", f"teacher={teacher}", f"method={method}", kinds, "model.heads=2")
     row = next(row for row in read_metrics(run / "metrics.jsonl") if "loss" in row)
     assert ("logits" in row) == (method != "none")
-    of_the_method = [name for name in row if name.startswith(f"{method}:")]
-    assert bool(of_the_method) == (method not in ("none", "logits"))
+    of_layers = [value for name, value in row.items() if name.startswith(f"{method}/")]
+    # Two layers of the encoder, the decoder's own attention and that to the encoder, which are one block.
+    assert len(of_layers) == {"none": 0, "logits": 0, "hidden": 3}.get(method, 4)
+    assert np.all(np.isfinite(of_layers))
 
 
 @pytest.mark.slow
