@@ -35,7 +35,7 @@ class Encoders:
     """Linear encoders of random pairs, and the sampling.
 
     Attributes:
-        pairs: n of the data set.
+        pairs: n of the data set, at least `negatives + 1`.
         features: of an input.
         dim: of an embedding.
         logit_scale: of all losses.

@@ -41,7 +41,7 @@ class Training:
         memory_rate: share of a batch in the moving average of the partition.
         shape: of the gamma distribution.
         largest_score: bound of |b| / sigma; none for the normal distribution.
-        record_every: steps between the recorded values.
+        record_every: steps between the recorded values; a divisor of `steps`.
     """
 
     negatives: int = 4
