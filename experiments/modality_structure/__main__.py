@@ -27,7 +27,14 @@ STUDY = Study(
     title="Modality structure",
     parts={"price": Price(), "two_tower": TwoTowers(), "fusion": FusionTasks()},
     smoke={
-        "price": Price(second_bits=("shared",), noises=(0.1, 0.3), seeds=(0, 1), training=Training(steps=300)),
+        # The longest first, so that both workers end together.
+        "fusion": FusionTasks(
+            methods=("geometric",),
+            seeds=(0,),
+            steps={"pretrain": 2, "questions": 2},
+            recipe_settings=("reranked=0",),
+            smoke=True,
+        ),
         "two_tower": TwoTowers(
             methods=("separation",),
             seeds=(0,),
@@ -38,13 +45,7 @@ STUDY = Study(
                 "train.warmup_steps=1",
             ),
         ),
-        "fusion": FusionTasks(
-            methods=("geometric",),
-            seeds=(0,),
-            steps={"pretrain": 2, "questions": 2},
-            recipe_settings=("reranked=0",),
-            smoke=True,
-        ),
+        "price": Price(second_bits=("shared",), noises=(0.1, 0.3), seeds=(0, 1), training=Training(steps=300)),
     },
 )
 
