@@ -36,7 +36,7 @@ from experiments.head_study import (
     teacher_folder,
 )
 from experiments.head_tables import report
-from experiments.parts import add_study_options, changed_folder, told
+from experiments.parts import add_study_options, changed_folder, exit_code
 from experiments.study import Run, Runs, run_missing
 from repkit.trained import load_run
 
@@ -130,8 +130,8 @@ def _kind(name: str) -> str:
 
 
 def train(study: Study, folder: Path, own: Sequence[str], defaults: Sequence[str]) -> None:
-    """Trains the recipe to the end; `own` and `defaults` as for `recipe_runs.changed`."""
-    settings = recipe_runs.changed(own, (*study.common, *defaults), study.changes)
+    """Trains the recipe to the end; `own` and `defaults` as for `recipe_runs.run_settings`."""
+    settings = recipe_runs.run_settings(own, (*study.common, *defaults), study.changes)
     recipe_runs.train(RECIPE, folder, settings, smoke=study.smoke)
 
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_study_options(parser)
     parser.add_argument("--task", choices=METRIC_TITLES, help="make runs of this task only")
     options = parser.parse_args(arguments)
-    return told(functools.partial(_make_and_report, options))
+    return exit_code(functools.partial(_make_and_report, options))
 
 
 def _make_and_report(options: argparse.Namespace) -> None:

@@ -79,11 +79,11 @@ def study_command(study: Study, description: str | None, arguments: Sequence[str
     add_study_options(parser)
     parser.add_argument("--part", choices=study.parts, action="append", help="make runs of this part; may be repeated")
     options = parser.parse_args(arguments)
-    return told(functools.partial(_make_and_report, study, options))
+    return exit_code(functools.partial(_make_and_report, study, options))
 
 
-def told(command: Callable[[], None]) -> int:
-    """Runs the command; the exit code, after a line on what it could not read, write or do, if there was something."""
+def exit_code(command: Callable[[], None]) -> int:
+    """Runs the command; 0, or 2 after one line on what it could not read, write or do."""
     try:
         command()
     except (InputError, OSError) as error:

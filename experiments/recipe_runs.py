@@ -41,7 +41,7 @@ def compile_quickly() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {quick}".strip()
 
 
-def changed(own: Sequence[str], defaults: Sequence[str], changes: Sequence[str]) -> tuple[str, ...]:
+def run_settings(own: Sequence[str], defaults: Sequence[str], changes: Sequence[str]) -> tuple[str, ...]:
     """The settings of a run, those of the user last.
 
     Args:
@@ -53,9 +53,9 @@ def changed(own: Sequence[str], defaults: Sequence[str], changes: Sequence[str])
         InputError: if a change has a name of `own`.
 
     Example:
-        >>> changed(["train.seed=1"], ["train.steps=9"], ["train.steps=5"])
+        >>> run_settings(["train.seed=1"], ["train.steps=9"], ["train.steps=5"])
         ('train.seed=1', 'train.steps=9', 'train.steps=5')
-        >>> changed(["train.seed=1"], [], ["train.seed=5"])
+        >>> run_settings(["train.seed=1"], [], ["train.seed=5"])
         Traceback (most recent call last):
         repkit.checks.InputError: --set train.seed=5: train.seed is what the runs of the study differ in
     """

@@ -82,7 +82,7 @@ class RealInput:
             f"train.checkpoint_every={steps}",
         )
         defaults = ("evaluations=retrieval,zero_shot", *schedule, *self.recipe_settings)
-        return recipe_runs.changed(own, defaults, changes)
+        return recipe_runs.run_settings(own, defaults, changes)
 
     def tables(self, finished: Finished) -> Iterator[str]:
         """For each metric the means, the differences at equal batch sizes, and those at half the batch."""

@@ -88,7 +88,7 @@ class FusionTasks:
             schedule = (f"train.steps={steps}", f"train.checkpoint_every={steps}")
             defaults = (*self.recipe_settings, *STAGES[stage], *schedule)
             recipe_runs.train(
-                RECIPE, folder / stage, recipe_runs.changed(own, defaults, setup.changes), smoke=self.smoke
+                RECIPE, folder / stage, recipe_runs.run_settings(own, defaults, setup.changes), smoke=self.smoke
             )
             yield from recipe_runs.named_metrics(recipe_runs.evaluate(folder / stage)).items()
 

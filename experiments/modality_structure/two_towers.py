@@ -90,7 +90,7 @@ class TwoTowers:
         own = (f"regularizers={','.join(REGULARIZERS[method])}", f"train.seed={seed}")
         defaults = ("loss=info_nce", *self.recipe_settings)
         with recipe_runs.logged(folder):
-            recipe_runs.train(RECIPE, folder, recipe_runs.changed(own, defaults, setup.changes))
+            recipe_runs.train(RECIPE, folder, recipe_runs.run_settings(own, defaults, setup.changes))
             metrics = recipe_runs.named_metrics(recipe_runs.evaluate(folder))
         if method in STRUCTURES and seed == self.seeds[0]:
             picture.keep_features(folder, picture.features_file(setup, method))

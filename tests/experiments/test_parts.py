@@ -10,7 +10,7 @@ from experiments.comparison import difference_tables
 from experiments.gradient_bias.__main__ import STUDY as GRADIENT_BIAS
 from experiments.modality_structure.__main__ import STUDY as MODALITY_STRUCTURE
 from experiments.parts import Study, study_command
-from experiments.recipe_runs import changed
+from experiments.recipe_runs import run_settings
 from experiments.study import Run
 
 
@@ -73,7 +73,7 @@ class Seeds(Roots):
     """A part whose runs differ in their seed."""
 
     def make(self, settings, setup):
-        changed([f"train.seed={settings['number']}"], [], setup.changes)
+        run_settings([f"train.seed={settings['number']}"], [], setup.changes)
         return super().make(settings, setup)
 
 
