@@ -45,7 +45,7 @@ def run_settings(own: Sequence[str], defaults: Sequence[str], changes: Sequence[
     """The settings of a run, those of the user last.
 
     Args:
-        own: what distinguishes it from other runs, NAME=VALUE; not to be changed, or all runs were the same one.
+        own: what distinguishes it from other runs, NAME=VALUE; not to be changed, or all runs would be alike.
         defaults: what it has in common with them.
         changes: the user's.
 
