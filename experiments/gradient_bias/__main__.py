@@ -7,8 +7,8 @@
     python -m experiments.gradient_bias --report             the tables and figures of what is finished
 
 Parts: `optimum`, a parameter whose best value is known; `mean_gradient`, of fixed encoders; `real_input`, two towers
-trained on digit scenes in batches of 16 to 512. The results go to experiments/results/gradient_bias/: every run
-as a JSON line, the tables, and the figures.
+trained on digit scenes in batches of 16 to 512; `real_input_longer`, some of these on three times as many examples. The
+results go to experiments/results/gradient_bias/: every run as a JSON line, the tables, and the figures.
 """
 
 import sys
@@ -24,7 +24,20 @@ from experiments.recipe_runs import SMALLEST_TWO_TOWER
 STUDY = Study(
     name="gradient_bias",
     title="Gradient bias",
-    parts={"optimum": Optimum(), "mean_gradient": MeanGradient(), "real_input": RealInput()},
+    parts={
+        "optimum": Optimum(),
+        "mean_gradient": MeanGradient(),
+        "real_input": RealInput(),
+        # As many examples as the recipe sees by default: 600 steps of 512, with which InfoNCE learns too.
+        "real_input_longer": RealInput(
+            methods=("info_nce", "gamma_expected"),
+            batch_sizes=(64, 128, 256, 512),
+            seeds=(0, 1, 2),
+            examples=307_200,
+            title="Digit scenes, longer trainings",
+            figure="real_input_longer.png",
+        ),
+    },
     smoke={
         "optimum": Optimum(
             methods=("decoupled", "gamma_sampled"),
@@ -46,6 +59,15 @@ STUDY = Study(
             seeds=(0,),
             examples=64,
             recipe_settings=SMALLEST_TWO_TOWER,
+        ),
+        "real_input_longer": RealInput(
+            methods=("gamma_expected",),
+            batch_sizes=(32,),
+            seeds=(0,),
+            examples=64,
+            recipe_settings=SMALLEST_TWO_TOWER,
+            title="Digit scenes, longer trainings",
+            figure="real_input_longer.png",
         ),
     },
 )

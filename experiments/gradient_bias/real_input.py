@@ -1,4 +1,7 @@
-"""Part `real_input`: two towers on digit scenes, by loss and batch size, with equally many examples seen."""
+"""Parts `real_input` and `real_input_longer`: two towers on digit scenes, by loss and batch size.
+
+All trainings of a part see equally many examples.
+"""
 
 import functools
 import math
@@ -42,9 +45,11 @@ class RealInput:
         methods: names of `LOSSES`.
         batch_sizes: of the training.
         seeds: of the training.
-        examples: seen in a training; 12 epochs.
+        examples: seen in a training; 12 epochs by default.
         rate_at_128: learning rate at batch size 128; at B it is larger by sqrt(B / 128), for all methods.
         recipe_settings: of all runs.
+        title: of its tables.
+        figure: file name of its picture.
     """
 
     methods: tuple[str, ...] = tuple(LOSSES)
@@ -53,6 +58,8 @@ class RealInput:
     examples: int = 98_304
     rate_at_128: float = 2e-3
     recipe_settings: tuple[str, ...] = ()
+    title: str = "Digit scenes"
+    figure: str = "real_input.png"
 
     def all_settings(self) -> Iterator[dict[str, Any]]:
         """Seed by seed, so that a part of the runs is a study too."""
@@ -92,7 +99,7 @@ class RealInput:
             means = [
                 [TITLES[each], *(mean(finished(method=each, batch_size=m), metric) for m in sizes)] for each in methods
             ]
-            yield f"## Digit scenes: {title}\n\n{markdown_table(header, means)}"
+            yield f"## {self.title}: {title}\n\n{markdown_table(header, means)}"
             differences = functools.partial(_differences, finished, metric)
             rows = [differences(each, [(size, size) for size in sizes]) for each in methods if each != BASELINE]
             if any(cell for row in rows for cell in row[1:]):
@@ -145,7 +152,7 @@ class RealInput:
             axes.set_ylim(0, 1)  # an interval of few seeds may reach beyond what a share can be
             figures.finish(axes, title=title, x="batch size", y="share right")
         row[0].legend(fontsize=6, frameon=False)
-        figures.save(figure, setup.results / "real_input.png")
+        figures.save(figure, setup.results / self.figure)
 
 
 def _differences(finished: Finished, metric: str, method: str, sizes: Sequence[tuple[int, int]]) -> list[str]:

@@ -10,8 +10,9 @@ from experiments.gradient_bias.scalar_problem import Lane, Training
 from experiments.study import Run
 
 
-def test_batches_of_all_sizes_see_the_same_examples():
-    part = RealInput()
+@pytest.mark.parametrize("name", ["real_input", "real_input_longer"])
+def test_batches_of_all_sizes_see_the_same_examples(name):
+    part = STUDY.parts[name]
     configs = {}
     for size in part.batch_sizes:
         settings = part.train_settings({"method": "gamma_sampled", "batch_size": size, "seed": 0})
@@ -77,9 +78,10 @@ def test_the_smoke_study_makes_tables_and_figures_and_is_not_made_twice(tmp_path
     results = tmp_path / "runs" / "gradient_bias" / "smoke" / "results"
     tables = (results / "RESULTS.md").read_text()
     optimum = ("The optimum at 1, 4 negatives", "What tames it", "bounded scores")
-    for heading in (*optimum, "Error of the mean gradient", "Digit scenes"):
+    real_input = ("Digit scenes: zero-shot digit", "Digit scenes, longer trainings: zero-shot digit")
+    for heading in (*optimum, "Error of the mean gradient", *real_input):
         assert heading in tables
-    for name in ("optimum", "optimum_sweep", "mean_gradient", "real_input"):
+    for name in ("optimum", "optimum_sweep", "mean_gradient", "real_input", "real_input_longer"):
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     lines = (results / "runs.jsonl").read_text()
     assert len(lines.splitlines()) == sum(len(list(part.all_settings())) for part in STUDY.smoke.values())
