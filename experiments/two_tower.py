@@ -126,7 +126,8 @@ class Config:
         loss: the contrastive loss. `scaled_info_nce` counts the negatives of a batch for all of the data set.
         regularizers: what is added to it: contrast within the modalities (`in_modal_info_nce`), CyCLIP's consistency
             (`cyclic_consistency`), and the structure regularisers. With most of them the batches hold augmented views.
-        regularizer_weight: weight of each regulariser; none for its own default.
+        regularizer_weight: weight of each regulariser; none for its own default. Contrast within the modalities always
+            has 0.5.
         evaluations: what `repkit evaluate` does, as far as the data allow it.
     """
 
@@ -365,12 +366,11 @@ def _regularizer_terms(name: Regularizer, weight: float | None) -> dict[str, Ter
     augmented = ("outputs.augmented_image.embeds", "outputs.augmented_text.embeds")
     match name:
         case "in_modal_info_nce":
-            # Half of each, so that with the two halves of `info_nce` all four directions count alike.
-            weight = 0.5 if weight is None else weight
             keywords = {"image": SCALE, "text": SCALE | LABELS}  # equal texts do not make equal images
             return {
+                # Half of each, so that with the two halves of `info_nce` all four directions count alike.
                 f"in_modal_{modality}": Term(
-                    losses.in_modal_info_nce, tuple(views), keywords=keywords[modality], weight=weight
+                    losses.in_modal_info_nce, tuple(views), keywords=keywords[modality], weight=0.5
                 )
                 for modality, *views in zip(("image", "text"), PAIR, augmented, strict=True)
             }

@@ -37,6 +37,7 @@ STUDY = Study(
         ),
         "two_tower": TwoTowers(
             methods=("separation",),
+            variations=(),
             seeds=(0,),
             recipe_settings=(
                 *SMALLEST_TWO_TOWER,

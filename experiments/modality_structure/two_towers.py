@@ -1,7 +1,7 @@
 """Part `two_tower`: image and text towers on digit scenes with each structure, and a picture of the structures."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ REGULARIZERS: dict[str, tuple[str, ...]] = {
     # The structures are added to the contrast between and within modalities, as in the paper.
     **{method: ("in_modal_info_nce", *names) for method, names in STRUCTURES.items()},
 }
+VARIATIONS = ("separation 0.3", "separation 0.1", "bridge 0.3", "bridge 0.1")
+"""Structures that do not help with their default weight of 1, with smaller ones."""
+
 BASELINES = ("clip", "in_modal")
 SHARES: dict[str, dict[str, str]] = {
     "Zero-shot and probes (percent)": {
@@ -63,11 +66,13 @@ class TwoTowers:
 
     Attributes:
         methods: names of `REGULARIZERS`.
+        variations: names of `STRUCTURES`, each with another weight.
         seeds: of the training; the first one's features are kept for the picture.
         recipe_settings: of all runs.
     """
 
     methods: tuple[str, ...] = tuple(REGULARIZERS)
+    variations: tuple[str, ...] = VARIATIONS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     recipe_settings: tuple[str, ...] = (
         "train.batch_size=128",
@@ -78,39 +83,51 @@ class TwoTowers:
     )
 
     def all_settings(self) -> Iterator[dict[str, Any]]:
-        """Seed by seed, so that a part of the runs is a study too."""
-        for seed in self.seeds:
-            for method in self.methods:
-                yield {"method": method, "seed": seed}
+        """Seed by seed, so that a part of the runs is a study too; the variations last."""
+        for methods in (self.methods, self.variations):
+            for seed in self.seeds:
+                for method in methods:
+                    yield {"method": method, "seed": seed}
 
     def make(self, settings: Settings, setup: Setup) -> dict[str, float]:
         """The test metrics, as `<task>/<metric>`."""
-        method, seed = settings["method"], settings["seed"]
         folder = work_folder(setup, settings)
-        own = (f"regularizers={','.join(REGULARIZERS[method])}", f"train.seed={seed}")
-        defaults = ("loss=info_nce", *self.recipe_settings)
         with recipe_runs.logged(folder):
-            recipe_runs.train(RECIPE, folder, recipe_runs.run_settings(own, defaults, setup.changes))
+            recipe_runs.train(RECIPE, folder, self.train_settings(settings, setup.changes))
             metrics = recipe_runs.named_metrics(recipe_runs.evaluate(folder))
-        if method in STRUCTURES and seed == self.seeds[0]:
-            picture.keep_features(folder, picture.features_file(setup, method))
+        if settings["method"] in STRUCTURES and settings["seed"] == self.seeds[0]:
+            picture.keep_features(folder, picture.features_file(setup, settings["method"]))
         shutil.rmtree(folder)
         return metrics
 
+    def train_settings(self, settings: Settings, changes: Sequence[str] = ()) -> tuple[str, ...]:
+        """The recipe's settings of a run, with those that the user changes."""
+        method, *weight = settings["method"].split()
+        own = (f"regularizers={','.join(REGULARIZERS[method])}", f"train.seed={settings['seed']}")
+        own += tuple(f"regularizer_weight={each}" for each in weight)
+        return recipe_runs.run_settings(own, ("loss=info_nce", *self.recipe_settings), changes)
+
     def tables(self, finished: Finished) -> Iterator[str]:
         """All metrics, and the differences from the contrast alone."""
-        found = {method: runs for method in self.methods if (runs := finished(method=method))}
+        methods = (*self.methods, *self.variations)
+        found = {method: runs for method in methods if (runs := finished(method=method))}
         if not found:
             return
+        titles = {method: _title(method) for method in found}
         for title, names in SHARES.items():
-            rows = [[TITLES[method], *(mean(runs, name) for name in names)] for method, runs in found.items()]
+            rows = [[titles[method], *(mean(runs, name) for name in names)] for method, runs in found.items()]
             yield f"## Two towers: {title}\n\n{markdown_table(['method', *names.values()], rows)}"
         rows = [
-            [TITLES[method], *(str(metric_interval(runs, name)) for name in GEOMETRY)] for method, runs in found.items()
+            [titles[method], *(str(metric_interval(runs, name)) for name in GEOMETRY)] for method, runs in found.items()
         ]
         yield f"## Two towers: geometry\n\n{markdown_table(['method', *GEOMETRY.values()], rows)}"
-        yield from difference_tables(found, BASELINES, TITLES, COMPARED)
+        yield from difference_tables(found, BASELINES, titles, COMPARED)
 
     def draw(self, finished: Finished, setup: Setup) -> None:
         """The structures in the plane, from the kept features."""
         picture.draw(setup)
+
+
+def _title(method: str) -> str:
+    structure, *weight = method.split()
+    return ", weight ".join((TITLES[structure], *weight))

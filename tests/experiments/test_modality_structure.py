@@ -6,6 +6,8 @@ import pytest
 from experiments.modality_structure import known_world
 from experiments.modality_structure.__main__ import STUDY
 from experiments.modality_structure.known_world import World, informations, joint_distribution
+from experiments.two_tower import Config, build
+from repkit.config import override
 
 
 def entropy_of_a_bit(p):
@@ -39,6 +41,14 @@ def test_what_occurs_together_is_in_one_class():
     joint[0, 0], joint[1, 0], joint[2, 1] = 0.2, 0.1, 0.2
     texts, images = known_world.components(joint)
     assert texts[0] == texts[1] == images[0] != texts[2] == images[1]
+
+
+@pytest.mark.parametrize(("method", "weight"), [("bridge", 1.0), ("bridge 0.3", 0.3)])
+def test_a_variation_changes_the_weight_of_its_structure_alone(method, weight, tmp_path):
+    settings = STUDY.parts["two_tower"].train_settings({"method": method, "seed": 0})
+    terms = build(override(Config(), settings), tmp_path).objective.terms
+    weights = {"info_nce": 1.0, "in_modal_image": 0.5, "in_modal_text": 0.5, "brownian_bridge": weight}
+    assert {name: term.weight for name, term in terms.items()} == weights
 
 
 @pytest.mark.slow
