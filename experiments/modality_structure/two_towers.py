@@ -21,7 +21,7 @@ REGULARIZERS: dict[str, tuple[str, ...]] = {
     # The structures are added to the contrast between and within modalities, as in the paper.
     **{method: ("in_modal_info_nce", *names) for method, names in STRUCTURES.items()},
 }
-VARIATIONS = ("separation 0.3", "separation 0.1", "bridge 0.3", "bridge 0.1")
+VARIATIONS = ("separation 0.1", "bridge 0.1", "separation 0.3", "bridge 0.3")
 """Structures that do not help with their default weight of 1, with smaller ones."""
 
 BASELINES = ("clip", "in_modal")
