@@ -31,7 +31,7 @@ STUDY = Study(
         # As many examples as the recipe sees by default: 600 steps of 512, with which InfoNCE learns too.
         "real_input_longer": RealInput(
             methods=("info_nce", "gamma_expected"),
-            batch_sizes=(128, 256, 512),
+            batch_sizes=(64, 128, 256, 512),
             seeds=(0, 1, 2),
             examples=307_200,
             title="Digit scenes, longer trainings",

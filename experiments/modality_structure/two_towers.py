@@ -68,12 +68,14 @@ class TwoTowers:
         methods: names of `REGULARIZERS`.
         variations: names of `STRUCTURES`, each with another weight.
         seeds: of the training; the first one's features are kept for the picture.
+        variation_seeds: of the variations; some of `seeds`, to be compared with.
         recipe_settings: of all runs.
     """
 
     methods: tuple[str, ...] = tuple(REGULARIZERS)
     variations: tuple[str, ...] = VARIATIONS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    variation_seeds: tuple[int, ...] = (0, 1, 2)
     recipe_settings: tuple[str, ...] = (
         "train.batch_size=128",
         "train.steps=1024",
@@ -84,8 +86,8 @@ class TwoTowers:
 
     def all_settings(self) -> Iterator[dict[str, Any]]:
         """Seed by seed, so that a part of the runs is a study too; the variations last."""
-        for methods in (self.methods, self.variations):
-            for seed in self.seeds:
+        for methods, seeds in ((self.methods, self.seeds), (self.variations, self.variation_seeds)):
+            for seed in seeds:
                 for method in methods:
                     yield {"method": method, "seed": seed}
 
