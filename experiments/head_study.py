@@ -113,7 +113,7 @@ def smoke(study: Study) -> Study:
         methods=("one_to_one_kl", "amad_kl"),
         without_pretraining=(),
         seeds=(0, 1),
-        common=("model.encoder_depth=1", "examples=64"),
+        common=("model.encoder_depth=1", "examples=64", "train.checkpoint_every=6"),
         pretraining=(),
         teacher=(),
         teacher_steps={},
