@@ -62,7 +62,9 @@ def run_all(study: Study, *, minutes: float = float("inf"), task: str | None = N
             return False
     left = (end - time.monotonic()) / 60
     measure = functools.partial(measure_heads, study)
-    return run_missing(runs, _of_task(looked_at(study), task), measure, workers=study.workers, minutes=left)
+    # New workers take longer to start than the few measurements of a smoke run.
+    workers = 1 if study.smoke else study.workers
+    return run_missing(runs, _of_task(looked_at(study), task), measure, workers=workers, minutes=left)
 
 
 def _of_task(settings: Iterable[dict[str, Any]], task: str | None) -> list[dict[str, Any]]:
