@@ -113,6 +113,7 @@ def smoke(study: Study) -> Study:
         methods=("one_to_one_kl", "amad_kl"),
         without_pretraining=(),
         seeds=(0, 1),
+        # One validation, after the last of the smoke run's 6 steps.
         common=("model.encoder_depth=1", "examples=64", "train.checkpoint_every=6"),
         pretraining=(),
         teacher=(),

@@ -13,6 +13,7 @@ results go to experiments/results/gradient_bias/: every run as a JSON line, the 
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiments.gradient_bias.fixed_encoder import Encoders
 from experiments.gradient_bias.mean_gradient import MeanGradient
@@ -21,6 +22,16 @@ from experiments.gradient_bias.real_input import RealInput
 from experiments.parts import Study, study_command
 from experiments.recipe_runs import SMALLEST_TWO_TOWER
 
+LONGER = RealInput(
+    methods=("info_nce", "gamma_expected"),
+    batch_sizes=(64, 128, 256, 512),
+    seeds=(0, 1, 2),
+    examples=307_200,
+    title="Digit scenes, longer trainings",
+    figure="real_input_longer.png",
+)
+"""As many examples as the recipe sees by default: 600 steps of 512, with which InfoNCE learns too."""
+
 STUDY = Study(
     name="gradient_bias",
     title="Gradient bias",
@@ -28,15 +39,7 @@ STUDY = Study(
         "optimum": Optimum(),
         "mean_gradient": MeanGradient(),
         "real_input": RealInput(),
-        # As many examples as the recipe sees by default: 600 steps of 512, with which InfoNCE learns too.
-        "real_input_longer": RealInput(
-            methods=("info_nce", "gamma_expected"),
-            batch_sizes=(64, 128, 256, 512),
-            seeds=(0, 1, 2),
-            examples=307_200,
-            title="Digit scenes, longer trainings",
-            figure="real_input_longer.png",
-        ),
+        "real_input_longer": LONGER,
     },
     smoke={
         "optimum": Optimum(
@@ -60,14 +63,13 @@ STUDY = Study(
             examples=64,
             recipe_settings=SMALLEST_TWO_TOWER,
         ),
-        "real_input_longer": RealInput(
+        "real_input_longer": replace(
+            LONGER,
             methods=("gamma_expected",),
             batch_sizes=(32,),
             seeds=(0,),
             examples=64,
             recipe_settings=SMALLEST_TWO_TOWER,
-            title="Digit scenes, longer trainings",
-            figure="real_input_longer.png",
         ),
     },
 )
